@@ -1,0 +1,126 @@
+"""How good are the embeddings: rank correlation with people, alignment and uniformity."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor
+
+from fcse.data import STS_TASKS, SentencePairs, load_lee, load_sts
+from fcse.encoder import SentenceEncoder
+
+_BLOCK = 1024
+"""Rows of the similarity matrix held at a time by `uniformity`."""
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rank correlation of two (n,) sequences, ties averaged: -1 to 1.
+
+    NaN when either is constant.
+    """
+    return float(scipy.stats.spearmanr(x, y).statistic)
+
+
+def pair_similarity(encoder: SentenceEncoder, pairs: SentencePairs) -> np.ndarray:
+    """Cosine similarity of each pair, every distinct sentence encoded once: (n,) float32."""
+    u, v = pair_embeddings(encoder, pairs)
+    return (u * v).sum(axis=1)
+
+
+def pair_embeddings(
+    encoder: SentenceEncoder, pairs: SentencePairs
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit-length embeddings of the left and right sentences: (n, D) float32 each."""
+    row = {s: i for i, s in enumerate(dict.fromkeys([*pairs.left, *pairs.right]))}
+    x = encoder.encode(list(row), normalize=True)
+    return x[[row[s] for s in pairs.left]], x[[row[s] for s in pairs.right]]
+
+
+def evaluate_pairs(encoder: SentenceEncoder, pairs: SentencePairs) -> float:
+    """100 x Spearman between the cosine similarities of the pairs and the human scores."""
+    return 100 * spearman(pair_similarity(encoder, pairs), pairs.gold)
+
+
+def evaluate_lee(encoder: SentenceEncoder) -> float:
+    """100 x Spearman on the 1,225 pairs of Lee's 50 news documents (see `load_lee`)."""
+    return evaluate_pairs(encoder, load_lee())
+
+
+def evaluate_sts(
+    encoder: SentenceEncoder,
+    tasks: Sequence[str] = STS_TASKS,
+    split: str = "test",
+    folder: str | Path | None = None,
+) -> dict[str, float]:
+    """100 x Spearman for each STS task in the "all" setting, as SentEval and SimCSE report it.
+
+    One correlation over all pairs of a task, its parts taken together; embeddings without the
+    head. Under "avg" stands the mean over `tasks`.
+
+    Args:
+        encoder: the encoder, with the pooling to evaluate.
+        tasks: names from `STS_TASKS`.
+        split: "test"; "dev" for STSBenchmark and SICKRelatedness.
+        folder: SentEval data folder, see `load_sts`.
+
+    Raises:
+        InputError: unknown task or split, or data that is missing.
+    """
+    loaded = [load_sts(task, split, folder) for task in tasks]
+    scores = {pairs.name: evaluate_pairs(encoder, pairs) for pairs in loaded}
+    return scores | {"avg": float(np.mean(list(scores.values())))}
+
+
+def alignment(u: Tensor | np.ndarray, v: Tensor | np.ndarray) -> float:
+    """Mean squared distance of positive pairs on the unit sphere (Wang & Isola 2020, alpha = 2).
+
+    SimCSE's convention takes the pairs that people score above 4 of 5. Lower is better; 0 to 4.
+
+    Args:
+        u, v: (n, D) float, row i of both is a positive pair; scaled to unit length here.
+    """
+    u, v = _unit(u), _unit(v)
+    return float((u - v).square().sum(dim=1).double().mean())
+
+
+def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
+    """log E exp(-t ||x - y||^2) over all pairs of distinct rows (Wang & Isola 2020).
+
+    SimCSE's convention takes all sentences of both sides of the pairs. Lower is better; 0 for a
+    single point. Memory grows with n, not with its square.
+
+    Args:
+        x: (n, D) float, n >= 2; scaled to unit length here.
+        t: > 0.
+    """
+    x = _unit(x)
+    n = len(x)
+    total = 0.0
+    for start in range(0, n, _BLOCK):
+        block = x[start : start + _BLOCK]
+        squared = (2 - 2 * block @ x.T).clamp(min=0)
+        total += float(squared.mul(-t).exp().double().sum())
+    return float(np.log((total - n) / (n * (n - 1))))
+
+
+def _unit(x: Tensor | np.ndarray) -> Tensor:
+    x = torch.as_tensor(x)
+    return torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+
+
+def geometry(
+    encoder: SentenceEncoder, pairs: SentencePairs, positive_above: float = 0.8
+) -> dict[str, float]:
+    """Alignment and uniformity of an encoder on judged pairs, in SimCSE's convention.
+
+    Positives are the pairs with a human score above `positive_above` of the scale (4 of 5);
+    uniformity is over the distinct sentences of both sides.
+    """
+    u, v = pair_embeddings(encoder, pairs)
+    positive = pairs.gold > positive_above * pairs.maximum
+    return {
+        "alignment": alignment(u[positive], v[positive]),
+        "uniformity": uniformity(encoder.encode(sorted({*pairs.left, *pairs.right}))),
+    }
