@@ -122,11 +122,12 @@ class SentenceEncoder(nn.Module):
         """
         features = self.tokenizer.pad({"input_ids": list(token_ids)}, return_tensors="pt")
         features = {k: x.to(self.device) for k, x in features.items() if k in self._inputs}
-        two_layers = self.pooling in ("mean_first_last", "mean_top2")
+        if self.pooling == "cls":
+            with speed.first_token_only(self.backbone):
+                return self.backbone(**features).last_hidden_state[:, 0]
+        two_layers = self.pooling != "mean"
         output = self.backbone(**features, output_hidden_states=two_layers)
         last = output.last_hidden_state
-        if self.pooling == "cls":
-            return last[:, 0]
         if two_layers:
             other = output.hidden_states[1 if self.pooling == "mean_first_last" else -2]
             last = (last + other) / 2

@@ -23,24 +23,39 @@ def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -
     return float(scipy.stats.spearmanr(x, y).statistic)
 
 
-def pair_similarity(encoder: SentenceEncoder, pairs: SentencePairs) -> np.ndarray:
-    """Cosine similarity of each pair, every distinct sentence encoded once: (n,) float32."""
-    u, v = pair_embeddings(encoder, pairs)
-    return (u * v).sum(axis=1)
-
-
-def pair_embeddings(
+def embed_pairs(
     encoder: SentenceEncoder, pairs: SentencePairs
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unit-length embeddings of the left and right sentences: (n, D) float32 each."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embed the distinct sentences of judged pairs, each once.
+
+    Returns:
+        x: (k, D) float32, unit length, the k distinct sentences; left, right: (n,) int, the rows
+        of x that each pair is made of.
+    """
     row = {s: i for i, s in enumerate(dict.fromkeys([*pairs.left, *pairs.right]))}
-    x = encoder.encode(list(row), normalize=True)
-    return x[[row[s] for s in pairs.left]], x[[row[s] for s in pairs.right]]
+    left, right = (np.array([row[s] for s in side]) for side in (pairs.left, pairs.right))
+    return encoder.encode(list(row), normalize=True), left, right
+
+
+def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
+    """Score an encoder on judged pairs: "spearman" (x 100), "alignment" and "uniformity".
+
+    SimCSE's convention: alignment over the pairs with a human score above 4 of 5 of the scale,
+    uniformity over the (distinct) sentences of both sides.
+    """
+    x, left, right = embed_pairs(encoder, pairs)
+    positive = pairs.gold > 0.8 * pairs.maximum
+    return {
+        "spearman": 100 * spearman((x[left] * x[right]).sum(axis=1), pairs.gold),
+        "alignment": alignment(x[left][positive], x[right][positive]),
+        "uniformity": uniformity(x),
+    }
 
 
 def evaluate_pairs(encoder: SentenceEncoder, pairs: SentencePairs) -> float:
     """100 x Spearman between the cosine similarities of the pairs and the human scores."""
-    return 100 * spearman(pair_similarity(encoder, pairs), pairs.gold)
+    x, left, right = embed_pairs(encoder, pairs)
+    return 100 * spearman((x[left] * x[right]).sum(axis=1), pairs.gold)
 
 
 def evaluate_lee(encoder: SentenceEncoder) -> float:
@@ -108,19 +123,3 @@ def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
 def _unit(x: Tensor | np.ndarray) -> Tensor:
     x = torch.as_tensor(x)
     return torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
-
-
-def geometry(
-    encoder: SentenceEncoder, pairs: SentencePairs, positive_above: float = 0.8
-) -> dict[str, float]:
-    """Alignment and uniformity of an encoder on judged pairs, in SimCSE's convention.
-
-    Positives are the pairs with a human score above `positive_above` of the scale (4 of 5);
-    uniformity is over the distinct sentences of both sides.
-    """
-    u, v = pair_embeddings(encoder, pairs)
-    positive = pairs.gold > positive_above * pairs.maximum
-    return {
-        "alignment": alignment(u[positive], v[positive]),
-        "uniformity": uniformity(encoder.encode(sorted({*pairs.left, *pairs.right}))),
-    }

@@ -50,12 +50,10 @@ def first_token_only(backbone: nn.Module) -> Iterator[None]:
     output projection and the feed-forward of the others are wasted. The backbone then returns a
     `last_hidden_state` of length 1. Other architectures are left as they are.
     """
-    layers = getattr(getattr(backbone, "encoder", None), "layer", None)
-    attention_output = getattr(getattr(layers[-1], "attention", None), "output", None) if layers else None
-    if attention_output is None or backbone.config.model_type not in ("bert", "roberta"):
+    if backbone.config.model_type not in ("bert", "roberta"):
         yield
         return
-    hook = attention_output.register_forward_pre_hook(
+    hook = backbone.encoder.layer[-1].attention.output.register_forward_pre_hook(
         lambda _, arguments: tuple(x[:, :1] for x in arguments)
     )
     try:
