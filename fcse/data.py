@@ -86,9 +86,17 @@ WIKI_MINI = PackagedFile(
     "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     "English Wikipedia slice",
 )
-LEE_DOCUMENTS = PackagedFile("gensim", f"{_GENSIM_DATA}/lee.cor", "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e", "Lee documents")
+LEE_DOCUMENTS = PackagedFile(
+    "gensim",
+    f"{_GENSIM_DATA}/lee.cor",
+    "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+    "Lee documents",
+)
 LEE_JUDGEMENTS = PackagedFile(
-    "gensim", f"{_GENSIM_DATA}/similarities0-1.txt", "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79", "Lee judgements"
+    "gensim",
+    f"{_GENSIM_DATA}/similarities0-1.txt",
+    "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+    "Lee judgements",
 )
 
 
@@ -154,10 +162,10 @@ def load_wiki_articles() -> dict[str, list[str]]:
             if not paragraph or paragraph[0] in "*#:;=|!{}<>":
                 continue  # a list item, table row or heading
             for sentence in _SENTENCE_END.split(paragraph):
-                if 4 <= len(sentence.split()) <= 60 and "|" not in sentence:
-                    if sentence not in seen:
-                        seen.add(sentence)
-                        articles.setdefault(title, []).append(sentence)
+                prose = 4 <= len(sentence.split()) <= 60 and "|" not in sentence
+                if prose and sentence not in seen:
+                    seen.add(sentence)
+                    articles.setdefault(title, []).append(sentence)
     return articles
 
 
@@ -215,10 +223,11 @@ def _read_dataset(name: str, column: str, limit: int | None) -> list[str]:
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset["train"]
         else:
+            datasets.config.HF_HUB_OFFLINE = not hub_reachable()
             dataset = datasets.load_dataset(name, split="train")
     except Exception as error:  # the library raises a dozen types for "not there"
         raise InputError(
-            f"dataset {name!r} could not be loaded ({_first_line(error)}): give a hub name or a "
+            f"dataset {name!r} could not be loaded ({first_line(error)}): give a hub name or a "
             "folder written by save_to_disk, with a train split"
         ) from None
     if column not in dataset.column_names:
@@ -240,15 +249,33 @@ def download(filename: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(HUB_DATASET, filename, repo_type="dataset"))
+        path = hf_hub_download(
+            HUB_DATASET, filename, repo_type="dataset", local_files_only=not hub_reachable()
+        )
+        return Path(path)
     except Exception as error:  # network, offline mode, gated, missing: one message for all
         raise InputError(
-            f"{filename} is not in the local cache and the hub gave no answer "
-            f"({_first_line(error)}): go online once, or give a local path"
+            f"{filename} of {HUB_DATASET} is neither in the local cache nor to be had from the hub "
+            f"({first_line(error)}): go online once, or give a local path"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def hub_reachable(timeout: float = 5.0) -> bool:
+    """Whether the hub answers at all within `timeout` seconds.
+
+    Asked before each use: the clients themselves try again for half a minute without a network.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # offline mode, no network, no answer: all mean no
+        return False
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -292,7 +319,7 @@ def senteval_folder(folder: str | Path | None = None) -> Path | None:
 
 
 def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -> SentencePairs:
-    """One STS task as SentEval reads it: pairs without a gold score dropped, words joined by spaces.
+    """One STS task as SentEval reads it: no pair without a gold score, words joined by spaces.
 
     Args:
         task: one of `STS_TASKS`.
@@ -319,7 +346,7 @@ def _senteval_from_hub() -> Path:
         archive = download("senteval.tar")
     except InputError as error:
         raise InputError(
-            f"no STS data: {error}; or name a SentEval folder with --senteval or FCSE_SENTEVAL"
+            f"no STS data: name a SentEval folder with --senteval or FCSE_SENTEVAL ({error})"
         ) from None
     target = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fcse" / "senteval"
     if not target.is_dir():

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fcse import speed
-from fcse.data import MINILM
+from fcse.data import MINILM, first_line, hub_reachable
 from fcse.errors import InputError
 
 Pooling = Literal["cls", "mean", "mean_first_last", "mean_top2"]
@@ -50,7 +50,9 @@ class SentenceEncoder(nn.Module):
         self.pooling = pooling
         width = backbone.config.hidden_size
         self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-        nn.init.normal_(self.head[0].weight, std=getattr(backbone.config, "initializer_range", 0.02))
+        nn.init.normal_(
+            self.head[0].weight, std=getattr(backbone.config, "initializer_range", 0.02)
+        )
         nn.init.zeros_(self.head[0].bias)
         self.max_length = min(tokenizer.model_max_length, _positions(backbone))
         self._inputs = set(inspect.signature(backbone.forward).parameters)
@@ -69,19 +71,20 @@ class SentenceEncoder(nn.Module):
                 packaged weights.
         """
         path = str(MINILM.locate().parent if name_or_path == "minilm" else name_or_path)
-        if Path(path).is_dir():
+        local = Path(path).is_dir()
+        if local:
             _check_model_folder(Path(path))
+        local = local or not hub_reachable()
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            backbone = AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=local)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
         except Exception as error:  # dozens of types, from missing files to broken JSON
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"encoder {str(name_or_path)!r} could not be loaded ({reason}): give minilm, a "
-                "model folder, or the name of a model on the hub"
+                f"encoder {str(name_or_path)!r} could not be loaded ({first_line(error)}): give "
+                "minilm, a model folder, or the name of a model on the hub"
             ) from None
         finally:
             transformers.logging.set_verbosity(verbosity)
@@ -110,18 +113,19 @@ class SentenceEncoder(nn.Module):
             padding=False,
         )["input_ids"]
 
-    def pool(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    def pool(self, features: dict[str, Tensor]) -> Tensor:
         """One pass of the backbone over a padded batch, pooled; no head.
 
         cls: the first token's last hidden state. mean: mean over tokens of the last layer.
         mean_first_last, mean_top2: mean over tokens of the average of two layers: the first
         layer's output (not the embeddings) and the last; the last two.
 
+        Args:
+            features: the backbone's inputs; `attention_mask` is (n, L) with 1 on text.
+
         Returns:
             (n, D) float, in the backbone's dtype.
         """
-        features = self.tokenizer.pad({"input_ids": list(token_ids)}, return_tensors="pt")
-        features = {k: x.to(self.device) for k, x in features.items() if k in self._inputs}
         if self.pooling == "cls":
             with speed.first_token_only(self.backbone):
                 return self.backbone(**features).last_hidden_state[:, 0]
@@ -139,11 +143,22 @@ class SentenceEncoder(nn.Module):
 
         In training mode the views differ by their dropout masks (Gao et al. 2021, section 3).
 
+        Args:
+            token_ids: N sentences, from `tokenize`.
+
         Returns:
             u, v: (N, D) float each, after the head.
         """
-        u, v = speed.by_length(token_ids, lambda ids: self.pool(ids * 2).chunk(2), self.device)
-        return (self.head(u), self.head(v)) if self.pooling == "cls" else (u, v)
+        order: list[int] = []
+        pooled = []
+        embedding = self.backbone.get_input_embeddings()
+        for rows, features in speed.length_groups(token_ids, embedding, self.device):
+            twice = {name: torch.cat([x, x]) for name, x in features.items()}
+            order += rows
+            pooled.append(torch.stack(self.pool(twice).chunk(2), dim=1))
+        views = torch.cat(pooled)[torch.tensor(order, device=self.device).argsort()]
+        u, v = (self.head(views) if self.pooling == "cls" else views).unbind(1)
+        return u, v
 
     @torch.inference_mode()
     def encode(
@@ -190,8 +205,10 @@ class SentenceEncoder(nn.Module):
         ) as bar:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                pooled = self.pool([token_ids[i] for i in rows])
-                embeddings[rows] = pooled.float().cpu().numpy()
+                batch = {"input_ids": [token_ids[i] for i in rows]}
+                batch = self.tokenizer.pad(batch, return_tensors="pt")
+                features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
+                embeddings[rows] = self.pool(features).float().cpu().numpy()
                 bar.update(len(rows))
         self.train(was_training)
         if normalize:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fcse.data import STS_TASKS, SentencePairs, load_lee, load_sts
 from fcse.encoder import SentenceEncoder
+from fcse.errors import InputError
 
 _BLOCK = 1024
 """Rows of the similarity matrix held at a time by `uniformity`."""
@@ -24,43 +25,40 @@ def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -
 
 
 def embed_pairs(
-    encoder: SentenceEncoder, pairs: SentencePairs
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embed the distinct sentences of judged pairs, each once.
+    encoder: SentenceEncoder, tasks: Sequence[SentencePairs]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Unit-length embeddings of both sides of each task; each distinct sentence is encoded once.
 
     Returns:
-        x: (k, D) float32, unit length, the k distinct sentences; left, right: (n,) int, the rows
-        of x that each pair is made of.
+        For each task u, v: (n, D) float32 each, row i of both is pair i.
     """
-    row = {s: i for i, s in enumerate(dict.fromkeys([*pairs.left, *pairs.right]))}
-    left, right = (np.array([row[s] for s in side]) for side in (pairs.left, pairs.right))
-    return encoder.encode(list(row), normalize=True), left, right
+    row: dict[str, int] = {}
+    for pairs in tasks:
+        for sentence in (*pairs.left, *pairs.right):
+            row.setdefault(sentence, len(row))
+    x = encoder.encode(list(row), normalize=True)
+    return [(x[[row[s] for s in pairs.left]], x[[row[s] for s in pairs.right]]) for pairs in tasks]
 
 
 def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
     """Score an encoder on judged pairs: "spearman" (x 100), "alignment" and "uniformity".
 
     SimCSE's convention: alignment over the pairs with a human score above 4 of 5 of the scale,
-    uniformity over the (distinct) sentences of both sides.
+    uniformity over all distinct sentences of both sides.
     """
-    x, left, right = embed_pairs(encoder, pairs)
+    [(u, v)] = embed_pairs(encoder, [pairs])
     positive = pairs.gold > 0.8 * pairs.maximum
+    distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
     return {
-        "spearman": 100 * spearman((x[left] * x[right]).sum(axis=1), pairs.gold),
-        "alignment": alignment(x[left][positive], x[right][positive]),
-        "uniformity": uniformity(x),
+        "spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold),
+        "alignment": alignment(u[positive], v[positive]),
+        "uniformity": uniformity(np.concatenate([u, v])[distinct]),
     }
-
-
-def evaluate_pairs(encoder: SentenceEncoder, pairs: SentencePairs) -> float:
-    """100 x Spearman between the cosine similarities of the pairs and the human scores."""
-    x, left, right = embed_pairs(encoder, pairs)
-    return 100 * spearman((x[left] * x[right]).sum(axis=1), pairs.gold)
 
 
 def evaluate_lee(encoder: SentenceEncoder) -> float:
     """100 x Spearman on the 1,225 pairs of Lee's 50 news documents (see `load_lee`)."""
-    return evaluate_pairs(encoder, load_lee())
+    return judge(encoder, load_lee())["spearman"]
 
 
 def evaluate_sts(
@@ -81,10 +79,15 @@ def evaluate_sts(
         folder: SentEval data folder, see `load_sts`.
 
     Raises:
-        InputError: unknown task or split, or data that is missing.
+        InputError: no task, an unknown task or split, or data that is missing.
     """
+    if not tasks:
+        raise InputError(f"no task to evaluate: choose from {', '.join(STS_TASKS)}")
     loaded = [load_sts(task, split, folder) for task in tasks]
-    scores = {pairs.name: evaluate_pairs(encoder, pairs) for pairs in loaded}
+    scores = {
+        pairs.name: 100 * spearman((u * v).sum(axis=1), pairs.gold)
+        for pairs, (u, v) in zip(loaded, embed_pairs(encoder, loaded), strict=True)
+    }
     return scores | {"avg": float(np.mean(list(scores.values())))}
 
 

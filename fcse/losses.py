@@ -26,7 +26,9 @@ def check_parameters(temperature: float, m: float, modulate: str) -> None:
     if not math.isfinite(m):
         raise ValueError(f"m must be a finite number, got {m}")
     if modulate not in get_args(Modulate):
-        raise ValueError(f"unknown modulate {modulate!r}: choose from {', '.join(get_args(Modulate))}")
+        raise ValueError(
+            f"unknown modulate {modulate!r}: choose from {', '.join(get_args(Modulate))}"
+        )
 
 
 def _full_precision(x: Tensor) -> Tensor:

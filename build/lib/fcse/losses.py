@@ -1,0 +1,163 @@
+"""One similarity matrix in, a loss or its closed-form gradient weights out.
+
+Every function takes `sim`, an (N, M) matrix of cosine similarities with M >= N: row i is the
+anchor u_i, column j < N is the view v_j of sentence j, so positives lie on the diagonal; columns
+from N on are further negatives. Half precision is computed in float32, float64 stays float64.
+
+Sources: InfoNCE as in SimCSE (Gao et al. 2021, equation 4); Focal-InfoNCE as in Hou & Li 2023
+(arXiv 2310.06918, section 3) and their code: gradients flow through the modulation.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Objective = Literal["info_nce", "focal_info_nce"]
+Modulate = Literal["both", "positive", "negative", "none"]
+
+
+def check_parameters(temperature: float, m: float, modulate: str) -> None:
+    """Raise ValueError unless temperature > 0, m is finite and `modulate` is known."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    if not math.isfinite(m):
+        raise ValueError(f"m must be a finite number, got {m}")
+    if modulate not in get_args(Modulate):
+        raise ValueError(
+            f"unknown modulate {modulate!r}: choose from {', '.join(get_args(Modulate))}"
+        )
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_similarities(sim: Tensor) -> Tensor:
+    if sim.ndim != 2 or not 0 < sim.shape[0] <= sim.shape[1]:
+        raise ValueError(f"sim must be (N, M) with M >= N >= 1, got {tuple(sim.shape)}")
+    return _full_precision(sim)
+
+
+def _positives(sim: Tensor) -> Tensor:
+    return torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
+
+
+def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
+    """Cosine similarity of every row of u with every row of v.
+
+    Args:
+        u: (N, D) float, the anchors.
+        v: (M, D) float, the candidates. A zero vector has similarity 0 with everything.
+
+    Returns:
+        (N, M) float32 (float64 for float64 inputs), values in [-1, 1] up to rounding.
+    """
+    if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"u and v must be (N, D) and (M, D), got {tuple(u.shape)} and {tuple(v.shape)}"
+        )
+    # Autocast would take the product down to half precision again.
+    with torch.autocast(u.device.type, enabled=False):
+        u, v = F.normalize(_full_precision(u), dim=1), F.normalize(_full_precision(v), dim=1)
+        return u @ v.T
+
+
+def logits(
+    sim: Tensor, temperature: float = 0.05, m: float = 0.3, modulate: Modulate = "both"
+) -> Tensor:
+    """The logits that the softmax of a row sees: s/tau, or the modulated form.
+
+    Modulated positives are s * s / tau, modulated negatives s * (s + m) / tau (Hou & Li 2023,
+    section 3). `modulate` says which of the two parts is on; "none" is plain InfoNCE.
+
+    Args:
+        sim: (N, M) float, cosine similarities, positives on the diagonal.
+        temperature: tau > 0.
+        m: shift of the negatives' modulation; the resting point of a negative is s = -m/2.
+        modulate: "both", "positive", "negative" or "none".
+
+    Returns:
+        (N, M) float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: a parameter or the shape of `sim` is out of range.
+    """
+    check_parameters(temperature, m, modulate)
+    sim = _check_similarities(sim)
+    positive = sim * sim if modulate in ("both", "positive") else sim
+    negative = sim * (sim + m) if modulate in ("both", "negative") else sim
+    return torch.where(_positives(sim), positive, negative) / temperature
+
+
+def focal_info_nce(
+    sim: Tensor, temperature: float = 0.05, m: float = 0.3, modulate: Modulate = "both"
+) -> Tensor:
+    """Focal-InfoNCE: cross-entropy of the modulated logits, mean over rows (Hou & Li 2023).
+
+    With `modulate="none"` it equals `info_nce`. Arguments and errors as in `logits`.
+
+    Returns:
+        () float32 (float64 for float64 input).
+    """
+    rows = logits(sim, temperature, m, modulate)
+    return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device))
+
+
+def info_nce(sim: Tensor, temperature: float = 0.05) -> Tensor:
+    """InfoNCE: cross-entropy of s/tau with the diagonal as target, mean over rows (SimCSE, eq. 4).
+
+    Arguments, result and errors as in `focal_info_nce`.
+    """
+    return focal_info_nce(sim, temperature, modulate="none")
+
+
+def effective_modulation(objective: Objective, modulate: Modulate) -> Modulate:
+    """The part of the modulation an objective applies: InfoNCE applies none.
+
+    Raises:
+        ValueError: unknown objective.
+    """
+    if objective not in get_args(Objective):
+        raise ValueError(
+            f"unknown objective {objective!r}: choose from {', '.join(get_args(Objective))}"
+        )
+    return "none" if objective == "info_nce" else modulate
+
+
+def gradient_weights(
+    sim: Tensor,
+    objective: Objective = "focal_info_nce",
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+) -> Tensor:
+    """The closed form of dL/dsim: how hard, and which way, the loss pulls on each similarity.
+
+    With p the softmax of a row's logits and y the one-hot diagonal, dL/ds_ij is
+    (p_ij - y_ij) * slope_ij / (N tau). The slope is 1 where nothing is modulated, 2 s for a
+    modulated positive and 2 s + m for a modulated negative. A negative entry raises the
+    similarity under gradient descent, a positive one lowers it: a modulated negative with
+    s < -m/2 is drawn *towards* the anchor.
+
+    Args:
+        sim: (N, M) float, cosine similarities, positives on the diagonal.
+        objective: "info_nce" or "focal_info_nce".
+        temperature, m, modulate: as in `logits`.
+
+    Returns:
+        (N, M) float32 (float64 for float64 input), equal to autograd of the loss; the mean over
+        rows puts a factor 1/N on each entry.
+    """
+    modulate = effective_modulation(objective, modulate)
+    p = logits(sim, temperature, m, modulate).softmax(dim=1)
+    sim, positives = _full_precision(sim), _positives(sim)
+    one = torch.ones_like(sim)
+    slope = torch.where(
+        positives,
+        2 * sim if modulate in ("both", "positive") else one,
+        2 * sim + m if modulate in ("both", "negative") else one,
+    )
+    return (p - positives.to(p.dtype)) * slope / (len(sim) * temperature)

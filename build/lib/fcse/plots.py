@@ -1,0 +1,264 @@
+"""One function a figure: numbers in, Figure out; an objective has the same colour everywhere."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette: distinct for every common kind of colour blindness.
+COLOURS = {
+    "untrained": "#7F7F7F",
+    "info_nce": "#0072B2",
+    "focal_info_nce": "#D55E00",
+    "positive": "#009E73",
+    "negative": "#CC79A7",
+}
+NAMES = {
+    "untrained": "untrained",
+    "info_nce": "InfoNCE",
+    "focal_info_nce": "Focal-InfoNCE",
+    "positive": "positives only",
+    "negative": "negatives only",
+}
+# Marker and dash repeat what the colour says, for print in grey.
+_MARKERS = {
+    "untrained": "s",
+    "info_nce": "o",
+    "focal_info_nce": "D",
+    "positive": "^",
+    "negative": "v",
+}
+_DASHES = {
+    "untrained": ":",
+    "info_nce": "--",
+    "focal_info_nce": "-",
+    "positive": "-.",
+    "negative": "-.",
+}
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "fcse",
+}
+
+
+def _axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False
+        )
+    plt.close(figure)  # shown once, where it is returned, not a second time by the notebook
+    return figure, list(axes[0])
+
+
+def _line(key: str) -> dict[str, str]:
+    return {"color": COLOURS[key], "label": NAMES[key], "linestyle": _DASHES[key]}
+
+
+def save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
+    """Write a figure as PNG and SVG, and the numbers behind it as CSV, under one name.
+
+    Args:
+        figure: what to write.
+        table: the numbers, written with six significant digits.
+        path: folder and name without suffix.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        figure.savefig(path.with_suffix(".png"))
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+
+
+def scores(table: pd.DataFrame) -> Figure:
+    """Score of each encoder on each judged task.
+
+    Args:
+        table: columns "encoder" (a key of `NAMES`), "task", "score" (100 x Spearman).
+    """
+    tasks = list(dict.fromkeys(table["task"]))
+    figure, (axes,) = _axes(width=3.2 + 1.3 * len(tasks))
+    for encoder, rows in table.groupby("encoder", sort=False):
+        shift = 0.12 * (list(NAMES).index(encoder) - 1)
+        x = [tasks.index(task) + shift for task in rows["task"]]
+        axes.plot(
+            x, rows["score"], _MARKERS[encoder], color=COLOURS[encoder], label=NAMES[encoder], ms=8
+        )
+        for left, score in zip(x, rows["score"], strict=True):
+            axes.annotate(
+                f"{score:.1f}", (left, score), (0, 8), textcoords="offset points",
+                ha="center", fontsize=9, color=COLOURS[encoder],
+            )  # fmt: skip
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_xlim(-0.6, len(tasks) - 0.4)
+    axes.margins(y=0.18)
+    axes.set_ylabel("Spearman × 100")
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Figure:
+    """Loss and score over the steps of each run.
+
+    Args:
+        losses: columns "run" (a key of `NAMES`), "step", "loss".
+        evaluations: columns "run", "step", "lee" (100 x Spearman).
+    """
+    figure, (left, right) = _axes(2)
+    for run, rows in losses.groupby("run", sort=False):
+        left.plot(rows["step"], rows["loss"], **_line(run))
+    left.set(xlabel="step", ylabel="loss [nats]", yscale="log")
+    for run, rows in evaluations.groupby("run", sort=False):
+        right.plot(rows["step"], rows["lee"], marker=_MARKERS[run], **_line(run))
+    right.set(xlabel="step", ylabel="Lee: Spearman × 100")
+    left.legend()
+    return figure
+
+
+def pull_curves(table: pd.DataFrame, temperature: float, m: float) -> Figure:
+    """What one similarity does to its logit, and how hard the loss pulls on it.
+
+    Args:
+        table: columns "objective", "similarity", and "logit" and "slope" of a negative and
+            "positive_logit", "positive_slope" of a positive.
+        temperature, m: named in the titles.
+    """
+    figure, (left, right) = _axes(2)
+    for objective, rows in table.groupby("objective", sort=False):
+        left.plot(rows["similarity"], rows["logit"], **_line(objective))
+        right.plot(rows["similarity"], rows["slope"], **_line(objective))
+    left.set(xlabel="similarity s of a negative", ylabel="logit")
+    right.set(xlabel="similarity s of a negative", ylabel="slope of the logit, d logit / d s")
+    right.axhline(0, color="black", linewidth=0.8)
+    right.axvline(-m / 2, color="black", linewidth=0.8, linestyle=":")
+    right.annotate(
+        f"resting point\ns = −m/2 = {-m / 2:.2f}", (-m / 2, 0), (8, -30), textcoords="offset points"
+    )
+    figure.suptitle(f"temperature {temperature:g}, m {m:g}")
+    left.legend()
+    return figure
+
+
+def pull_by_decile(table: pd.DataFrame) -> Figure:
+    """Share of the pull on negatives that falls on each decile of similarity.
+
+    Args:
+        table: columns "objective", "decile" (1 = least similar tenth, 10 = hardest), "share"
+            (of the absolute pull on all negatives, 0 to 1).
+    """
+    figure, (axes,) = _axes(width=6)
+    objectives = list(dict.fromkeys(table["objective"]))
+    for i, objective in enumerate(objectives):
+        rows = table[table["objective"] == objective]
+        x = rows["decile"] + 0.38 * (i - (len(objectives) - 1) / 2)
+        axes.bar(x, 100 * rows["share"], 0.36, color=COLOURS[objective], label=NAMES[objective])
+    axes.set_xticks(range(1, 11))
+    axes.set(
+        xlabel="decile of similarity among the negatives (10 = hardest)",
+        ylabel="share of the pull [%]",
+    )
+    axes.legend()
+    return figure
+
+
+def plane(table: pd.DataFrame) -> Figure:
+    """Alignment against uniformity: a path per run, from an open marker to a filled one.
+
+    Args:
+        table: columns "run" (a key of `NAMES`), "step", "alignment", "uniformity".
+    """
+    figure, (axes,) = _axes(width=6, height=4.2)
+    for run, rows in table.groupby("run", sort=False):
+        axes.plot(rows["uniformity"], rows["alignment"], marker=".", **_line(run))
+        first, last = rows.iloc[0], rows.iloc[-1]
+        style = {"marker": _MARKERS[run], "markersize": 9, "color": COLOURS[run]}
+        axes.plot(first["uniformity"], first["alignment"], markerfacecolor="white", **style)
+        axes.plot(last["uniformity"], last["alignment"], **style)
+    axes.set(
+        xlabel="uniformity, log E exp(−2‖x−y‖²) (lower is better)",
+        ylabel="alignment, E‖x−y‖² (lower is better)",
+    )
+    axes.legend()
+    return figure
+
+
+def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str, diverging: bool) -> Figure:
+    """Matrices side by side on one colour scale.
+
+    Args:
+        matrices: title -> (N, N) float.
+        label: what a cell holds, with its unit.
+        diverging: centre the scale at 0.
+    """
+    figure, axes = _axes(len(matrices), width=4.4, height=4.0)
+    bound = max(np.abs(x).max() for x in matrices.values())
+    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        sns.heatmap(
+            matrix,
+            ax=axis,
+            cmap="vlag" if diverging else "cividis",
+            vmin=-bound if diverging else 0,
+            vmax=bound,
+            square=True,
+            xticklabels=8,
+            yticklabels=8,
+            cbar=axis is axes[-1],
+            cbar_kws={"label": label},
+        )
+        axis.set(title=title, xlabel="candidate j", ylabel="anchor i")
+    return figure
+
+
+def similarity_distribution(table: pd.DataFrame) -> Figure:
+    """Density of cosine similarities, one curve per encoder, one panel per kind of pair.
+
+    Args:
+        table: columns "encoder" (a key of `NAMES`), "kind", "similarity".
+    """
+    kinds = list(dict.fromkeys(table["kind"]))
+    figure, axes = _axes(len(kinds))
+    for axis, kind in zip(axes, kinds, strict=True):
+        for encoder, rows in table[table["kind"] == kind].groupby("encoder", sort=False):
+            sns.kdeplot(rows["similarity"], ax=axis, clip=(-1, 1), **_line(encoder))
+        axis.set(title=kind, xlabel="cosine similarity", ylabel="density", xlim=(-0.5, 1))
+    axes[0].legend()
+    return figure
+
+
+def maps(table: pd.DataFrame, groups: Sequence[str]) -> Figure:
+    """Two-dimensional maps of the same sentences, one panel per encoder, coloured by group.
+
+    Args:
+        table: columns "encoder" (a title), "x", "y", "group".
+        groups: at most eight groups, in the order of the legend.
+    """
+    titles = list(dict.fromkeys(table["encoder"]))
+    figure, axes = _axes(len(titles), width=4.0, height=4.2)
+    colours = sns.color_palette("colorblind", len(groups))
+    shapes = "osD^vPX*"
+    for axis, title in zip(axes, titles, strict=True):
+        rows = table[table["encoder"] == title]
+        for group, colour, shape in zip(groups, colours, shapes, strict=False):
+            part = rows[rows["group"] == group]
+            axis.scatter(part["x"], part["y"], s=9, color=colour, marker=shape, label=group, lw=0)
+        axis.set(title=title, xlabel="UMAP 1", xticks=[], yticks=[])
+    axes[0].set_ylabel("UMAP 2")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(groups)),
+        markerscale=2.5,
+    )
+    return figure

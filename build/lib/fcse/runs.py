@@ -1,0 +1,106 @@
+"""The folder of a run: run.json, metrics.jsonl and model/, written once and never overwritten."""
+
+import hashlib
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fcse.encoder import SentenceEncoder
+from fcse.errors import InputError
+
+_RECORD, _METRICS, _MODEL = "run.json", "metrics.jsonl", "model"
+
+
+def versions() -> dict[str, str]:
+    """The versions a run depends on; a run is only reused where they are the same."""
+    packages = {name: version(name) for name in ("fcse", "torch", "transformers", "accelerate")}
+    return {"python": platform.python_version()} | packages
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Hexadecimal SHA-256 over the names and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class RunFolder:
+    """One run's folder, bound to the identity (config and versions) of that run."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self.config = config
+        self.model = path / _MODEL
+        self.identity = {"config": config, "versions": versions()}
+
+    def record(self) -> dict[str, Any] | None:
+        """What run.json holds once this very run has finished, else None.
+
+        Raises:
+            InputError: the folder holds another run, or something that is no run.
+        """
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise InputError(f"output {self.path} is a file: name a folder")
+        if not any(self.path.iterdir()):
+            return None
+        way_out = "name another output folder, or delete this one"
+        try:
+            record = json.loads((self.path / _RECORD).read_text())
+        except FileNotFoundError:
+            raise InputError(f"output {self.path} holds files that are no run: {way_out}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise InputError(f"{self.path / _RECORD} is no valid JSON: {way_out}") from None
+        for part in ("config", "versions"):
+            theirs, ours = record.get(part) or {}, self.identity[part]
+            differing = [k for k in ours if theirs.get(k) != ours[k]]
+            if differing:
+                raise InputError(
+                    f"output {self.path} holds another run (its {', '.join(differing)} "
+                    f"differ{'s' if len(differing) == 1 else ''}): {way_out}"
+                )
+        return record if record.get("finished") else None
+
+    def start(self) -> None:
+        """Make the folder ready; what an interrupted try of the same run left is removed."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / _METRICS).unlink(missing_ok=True)
+            shutil.rmtree(self.model, ignore_errors=True)
+            self._write_record(self.identity | {"finished": False})
+        except OSError as error:
+            raise InputError(f"output {self.path} cannot be written: {error.strerror}") from None
+
+    def log(self, **numbers: float) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / _METRICS).open("a") as file:
+            file.write(json.dumps(numbers) + "\n")
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl: one a step with its loss, one a scoring."""
+        return [json.loads(line) for line in (self.path / _METRICS).read_text().splitlines()]
+
+    def keep(self, encoder: SentenceEncoder) -> None:
+        """Make this encoder the run's model."""
+        partial = self.path / f"{_MODEL}.partial"
+        encoder.save_pretrained(partial)
+        shutil.rmtree(self.model, ignore_errors=True)
+        partial.rename(self.model)
+
+    def finish(self, **facts: Any) -> None:
+        """Write the final run.json: identity and what came out."""
+        self._write_record(self.identity | facts | {"finished": True})
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        partial = self.path / f"{_RECORD}.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.rename(self.path / _RECORD)

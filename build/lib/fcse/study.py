@@ -1,0 +1,113 @@
+"""The embedded study: both objectives trained, scored and drawn; what is done is reused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from fcse import analysis, plots
+from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, senteval_folder
+from fcse.encoder import SentenceEncoder
+from fcse.evaluation import judge
+from fcse.recipes import recipe
+from fcse.training import TrainResult, train
+
+OBJECTIVES = ("info_nce", "focal_info_nce")
+
+
+def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:
+    """Train InfoNCE and Focal-InfoNCE on the embedded default, score them beside the start, draw.
+
+    What is in the runs folder already is reused, so that a second call takes seconds.
+
+    Args:
+        seed: of both runs.
+        figures: folder for PNG, SVG and CSV.
+
+    Returns:
+        One row a score: columns "encoder" (untrained, info_nce, focal_info_nce), "task", "score"
+        (100 x Spearman), "alignment", "uniformity".
+
+    Raises:
+        InputError: as in `training.train`.
+    """
+    runs = {o: train(replace(recipe("minilm-wiki"), objective=o, seed=seed)) for o in OBJECTIVES}
+    untrained = SentenceEncoder.from_pretrained("minilm")
+    start = runs["info_nce"].record["weights"]["first"][:8]
+    folder = runs["info_nce"].folder
+    tasks = judged_tasks()
+    rows = [
+        {"encoder": name, "task": pairs.name, **scores}
+        for name, encoder, path in (
+            ("untrained", untrained, folder.with_name(f"untrained-{start}.json")),
+            *((o, run.encoder, run.folder / "scores.json") for o, run in runs.items()),
+        )
+        for pairs, scores in zip(tasks, _scores(encoder, tasks, path), strict=True)
+    ]
+    table = pd.DataFrame(rows).rename(columns={"spearman": "score"})
+    draw(table, runs, untrained, figures)
+    return table
+
+
+def judged_tasks() -> list[SentencePairs]:
+    """Lee's documents, and both STS-B splits where a SentEval folder is named."""
+    tasks = [load_lee()]
+    if senteval_folder() is not None:
+        for split in ("dev", "test"):
+            pairs = load_sts("STSBenchmark", split)
+            tasks.append(replace(pairs, name=f"STS-B {split}"))
+    return tasks
+
+
+def _scores(
+    encoder: SentenceEncoder, tasks: list[SentencePairs], path: Path
+) -> list[dict[str, float]]:
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for pairs in tasks:
+        if pairs.name not in known:
+            known[pairs.name] = judge(encoder, pairs)
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    return [known[pairs.name] for pairs in tasks]
+
+
+def draw(
+    table: pd.DataFrame, runs: dict[str, TrainResult], untrained: SentenceEncoder, folder: Path
+) -> None:
+    """Write the study's figures, each with the CSV behind it.
+
+    Args:
+        table: what `study` returns.
+        runs: objective -> its run.
+        untrained: where both runs started.
+        folder: where to write.
+    """
+    plots.save(plots.scores(table), table, folder / "scores")
+
+    steps = [
+        {"run": o, "step": i, "loss": loss}
+        for o, run in runs.items()
+        for i, loss in enumerate(run.losses, start=1)
+    ]
+    evaluations = pd.concat(
+        [pd.DataFrame(run.evaluations).assign(run=o) for o, run in runs.items()]
+    )
+    losses = pd.DataFrame(steps)
+    merged = losses.merge(evaluations, on=["run", "step"], how="outer", sort=True)
+    plots.save(plots.training(losses, evaluations), merged, folder / "training")
+
+    path = evaluations.rename(columns=lambda c: c.removeprefix("lee_"))
+    path = path[["run", "step", "alignment", "uniformity"]]
+    plots.save(plots.plane(path), path, folder / "alignment_uniformity")
+
+    config = runs["focal_info_nce"].config
+    curves = analysis.curves(config.temperature, config.m)
+    plots.save(
+        plots.pull_curves(curves, config.temperature, config.m), curves, folder / "pull_curves"
+    )
+
+    batch = load_corpus(config.corpus)[:: len(load_corpus(config.corpus)) // config.batch_size]
+    batch = batch[: config.batch_size]
+    sim = analysis.batch_similarities(untrained, batch, config.max_length, config.seed)
+    deciles = analysis.pull_by_decile(sim, config.temperature, config.m)
+    plots.save(plots.pull_by_decile(deciles), deciles, folder / "pull_by_decile")

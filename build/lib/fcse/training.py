@@ -1,0 +1,300 @@
+"""TrainConfig and one readable loop: two dropout views, one similarity matrix, one loss."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from fcse import losses, speed
+from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, text_hash
+from fcse.encoder import Pooling, SentenceEncoder
+from fcse.errors import InputError
+from fcse.evaluation import judge
+from fcse.runs import RunFolder, versions, weights_hash
+
+Metric = Literal["last", "lee", "stsb_dev"]
+Precision = Literal["auto", "bf16", "float32"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; two runs with equal fields and versions are the same run.
+
+    Raises:
+        InputError: a field is out of its range.
+    """
+
+    recipe: str | None = None
+    """Name of the recipe the other fields started from; a label, see `fcse.recipes`."""
+    objective: losses.Objective = "focal_info_nce"
+    """The loss: info_nce (SimCSE) or focal_info_nce (Hou & Li 2023)."""
+    encoder: str = "minilm"
+    """Where to start: minilm (packaged), a model folder, or a hub name."""
+    corpus: str = "wiki-mini"
+    """What to train on: wiki-mini (packaged), wiki1m (hub), a text file, or DATASET:COLUMN."""
+    temperature: float = 0.05
+    """tau > 0, the divisor of the logits."""
+    m: float = 0.3
+    """Shift of the negatives' modulation s * (s + m); used by focal_info_nce only."""
+    modulate: losses.Modulate = "both"
+    """Which logits focal_info_nce modulates: both, positive, negative or none."""
+    pooling: Pooling = "cls"
+    """How tokens become a sentence vector: cls, mean, mean_first_last or mean_top2."""
+    batch_size: int = 64
+    """Sentences a step, N >= 2; each meets N - 1 negatives."""
+    steps: int = 100
+    """Optimiser steps, >= 1; the corpus is reshuffled each time it runs out."""
+    learning_rate: float = 3e-5
+    """Peak of AdamW's learning rate, > 0, decaying linearly to 0."""
+    max_length: int = 32
+    """Tokens kept of each training sentence, >= 3; evaluation does not cut."""
+    seed: int = 0
+    """Seed of head, data order and dropout, >= 0."""
+    precision: Precision = "auto"
+    """bf16 (autocast), float32, or auto: bf16 where the hardware has bf16 matrix units."""
+    eval_steps: int = 25
+    """Score every so many steps, >= 1."""
+    metric: Metric = "last"
+    """Which weights to keep: those of the last step, or of the best lee or stsb_dev score."""
+    output: str | None = None
+    """Folder of the run; by default a folder of its own under FCSE_RUNS, else under runs/."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("objective", losses.Objective),
+            ("pooling", Pooling),
+            ("precision", Precision),
+            ("metric", Metric),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise InputError(
+                    f"unknown {name} {getattr(self, name)!r}: "
+                    f"choose from {', '.join(get_args(choices))}"
+                )
+        try:
+            losses.check_parameters(self.temperature, self.m, self.modulate)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        for name, least in (
+            ("batch_size", 2),
+            ("steps", 1),
+            ("max_length", 3),
+            ("seed", 0),
+            ("eval_steps", 1),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < 1:
+            raise InputError(f"learning_rate must lie between 0 and 1, got {self.learning_rate}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result: all but the folder."""
+        fields = asdict(self)
+        del fields["output"]
+        return fields
+
+    @property
+    def name(self) -> str:
+        """A folder name that is the same for equal configs and versions only."""
+        modulate = losses.effective_modulation(self.objective, self.modulate)
+        part = "" if modulate in ("none", "both") else f"-{modulate}"
+        identity = json.dumps([self.identity, versions()], sort_keys=True).encode()
+        digest = hashlib.sha256(identity).hexdigest()[:8]
+        return f"{self.objective}{part}-seed{self.seed}-{digest}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.output or Path(os.environ.get("FCSE_RUNS", "runs")) / self.name)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    config: what was run. folder: holds run.json, metrics.jsonl and model/. encoder: the kept
+    weights, in evaluation mode on the CPU. losses: one float a step. evaluations: one dict each
+    time the run was scored, the first before training, see `score`. record: what run.json holds.
+    """
+
+    config: TrainConfig
+    folder: Path
+    encoder: SentenceEncoder
+    losses: list[float]
+    evaluations: list[dict[str, float]]
+    record: dict[str, Any]
+
+
+def train(
+    config: TrainConfig, callback: Callable[[int, SentenceEncoder], None] | None = None
+) -> TrainResult:
+    """Train an encoder, or load the run if this very one is in its folder already.
+
+    AdamW without weight decay, linear decay to 0, gradients clipped at norm 1.0, two dropout
+    views in one forward pass: SimCSE's recipe (Gao et al. 2021, appendix A).
+    The same config on the same machine gives the same losses to the last bit.
+
+    Args:
+        config: what to run.
+        callback: called after every step with the step's number and the encoder; never called for
+            a run that is loaded.
+
+    Raises:
+        InputError: a corpus or encoder that cannot be loaded, a corpus smaller than a batch, an
+            output folder that holds something else, or a loss that is not finite.
+    """
+    folder = RunFolder(config.folder, config.identity)
+    if folder.record() is None:
+        _train(config, folder, callback)
+    return load_run(config)
+
+
+def load_run(config: TrainConfig) -> TrainResult:
+    """A finished run from its folder.
+
+    Raises:
+        InputError: the run is not there, not finished, or another.
+    """
+    folder = RunFolder(config.folder, config.identity)
+    record = folder.record()
+    if record is None:
+        raise InputError(f"{folder.path} holds no finished run: train it first")
+    metrics = folder.metrics()
+    return TrainResult(
+        config=config,
+        folder=folder.path,
+        encoder=SentenceEncoder.from_pretrained(folder.model, config.pooling),
+        losses=[line["loss"] for line in metrics if "loss" in line],
+        evaluations=[line for line in metrics if "loss" not in line],
+        record=record,
+    )
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    callback: Callable[[int, SentenceEncoder], None] | None,
+) -> None:
+    started = time.perf_counter()
+    accelerator = Accelerator()
+    device = accelerator.device
+    precision = resolve_precision(config.precision, device)
+    _make_deterministic(config.seed, device)
+
+    sentences = load_corpus(config.corpus)
+    if len(sentences) < config.batch_size:
+        raise InputError(
+            f"corpus {config.corpus!r} has {len(sentences)} sentences, fewer than one batch of "
+            f"{config.batch_size}: lower batch_size or give more text"
+        )
+    judged = judged_pairs(config.metric)
+    encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling)
+    first_weights = weights_hash(encoder.backbone)
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), config.learning_rate, weight_decay=0.0, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.steps)
+    encoder, optimizer, schedule = accelerator.prepare(encoder, optimizer, schedule)
+    modulate = losses.effective_modulation(config.objective, config.modulate)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    folder.start()
+    folder.log(step=0, **score(encoder, judged))
+    best = -math.inf
+    encoder.train()
+    batches = tqdm(_batches(sentences, config), config.name, config.steps, unit="step")
+    for step, batch in enumerate(batches, start=1):
+        with autocast, speed.cheap_dropout_in(encoder.backbone):
+            u, v = encoder(encoder.tokenize(batch, config.max_length))
+        sim = losses.similarity_matrix(u, v)
+        loss = losses.focal_info_nce(sim, config.temperature, config.m, modulate)
+        if not loss.isfinite():
+            raise InputError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
+
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        folder.log(step=step, loss=loss.item(), learning_rate=schedule.get_last_lr()[0])
+        schedule.step()
+        batches.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+        if step % config.eval_steps == 0 or step == config.steps:
+            scores = score(encoder, judged)
+            folder.log(step=step, **scores)
+            kept = step if config.metric == "last" else scores[config.metric]
+            if kept > best and (config.metric != "last" or step == config.steps):
+                best = kept
+                folder.keep(encoder)
+        if callback is not None:
+            callback(step, encoder)
+
+    folder.finish(
+        device=str(device),
+        precision=precision,
+        wall_time_s=round(time.perf_counter() - started, 1),
+        corpus={"sentences": len(sentences), "sha256": text_hash(sentences)},
+        weights={"first": first_weights, "last": weights_hash(encoder.backbone)},
+    )
+
+
+def score(encoder: SentenceEncoder, judged: dict[str, SentencePairs]) -> dict[str, float]:
+    """Spearman x 100 on each set of pairs under its name, `_alignment` and `_uniformity` beside."""
+    scores = {}
+    for name, pairs in judged.items():
+        result = judge(encoder, pairs)
+        scores[name] = result["spearman"]
+        scores[f"{name}_alignment"] = result["alignment"]
+        scores[f"{name}_uniformity"] = result["uniformity"]
+    return scores
+
+
+def judged_pairs(metric: Metric = "last") -> dict[str, SentencePairs]:
+    """What a run is scored on as it goes: Lee, and the STS-B dev split where it is the metric."""
+    judged = {"lee": load_lee()}
+    if metric == "stsb_dev":
+        judged["stsb_dev"] = load_sts("STSBenchmark", "dev")
+    return judged
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """What "auto" means here: bf16 where matrix units for it exist, else float32.
+
+    On a CPU without them bf16 is emulated, and slower than float32 by far.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "float32"
+
+
+def _make_deterministic(seed: int, device: torch.device) -> None:
+    set_seed(seed)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _batches(sentences: list[str], config: TrainConfig) -> Iterator[list[str]]:
+    order = np.random.default_rng(config.seed)
+    rows: list[int] = []
+    for _ in range(config.steps):
+        if len(rows) < config.batch_size:
+            rows = order.permutation(len(sentences)).tolist()
+        batch, rows = rows[: config.batch_size], rows[config.batch_size :]
+        yield [sentences[i] for i in batch]

@@ -1,0 +1,187 @@
+"""The command line: fcse train | evaluate | study | doctor, generated from the same dataclasses."""
+
+import functools
+import io
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from fcse import __version__, data
+from fcse.encoder import Pooling, SentenceEncoder
+from fcse.errors import InputError
+from fcse.evaluation import evaluate_lee, evaluate_sts
+from fcse.recipes import RECIPES, recipe
+from fcse.study import study
+from fcse.training import TrainConfig, resolve_precision, train
+
+_DEFAULT_RECIPE = "minilm-wiki"
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train an encoder; a run that is there already is loaded, not repeated."""
+    result = train(config)
+    first, last = result.evaluations[0], result.evaluations[-1]
+    for name in first:
+        if name != "step":
+            print(f"{name:24}{first[name]:8.2f} ->{last[name]:8.2f}")
+    print(f"run: {result.folder}")
+
+
+def run_evaluate(
+    model: Annotated[str, tyro.conf.Positional],
+    pooling: Pooling = "cls",
+    senteval: Path | None = None,
+    tasks: tuple[str, ...] = data.STS_TASKS,
+    json_: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Score an encoder on STS: 100 x Spearman over all pairs of a task, as SentEval reports it.
+
+    Args:
+        model: minilm (packaged), a model folder, or a hub name.
+        pooling: How tokens become a sentence vector.
+        senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
+        tasks: SentEval names, or Lee for the packaged judgements, which need no folder.
+        json_: Also write the scores to this file.
+    """
+    known = (*data.STS_TASKS, "Lee")
+    if unknown := [task for task in tasks if task not in known]:
+        raise InputError(f"unknown task {unknown[0]!r}: choose from {', '.join(known)}")
+    if json_ is not None and not json_.parent.is_dir():
+        raise InputError(f"{json_.parent} is no folder: name one that exists for --json")
+    sts = [task for task in tasks if task != "Lee"]
+    for task in sts:
+        data.load_sts(task, folder=senteval)  # what is missing shows before the long part
+    encoder = SentenceEncoder.from_pretrained(model, pooling)
+    scores = evaluate_sts(encoder, sts, folder=senteval) if sts else {}
+    for task in ("STSBenchmark", "SICKRelatedness"):
+        if task in sts:
+            dev = evaluate_sts(encoder, [task], split="dev", folder=senteval)
+            scores[f"{task}-dev"] = dev[task]
+    if "Lee" in tasks:
+        scores["Lee"] = evaluate_lee(encoder)
+    for task, score in scores.items():
+        print(f"{task:20}{score:8.2f}")
+    if json_ is not None:
+        about = {"model": model, "pooling": pooling, "aggregate": "all", "fcse": __version__}
+        json_.write_text(json.dumps(about | scores, indent=1) + "\n")
+
+
+def run_study(seed: int = 0, figures: Path = Path("figures")) -> None:
+    """Train InfoNCE and Focal-InfoNCE on the embedded default, score both, draw the figures.
+
+    Args:
+        seed: Of head, data order and dropout.
+        figures: Folder for PNG, SVG and CSV.
+    """
+    table = study(seed, figures)
+    wide = table.pivot(index="encoder", columns="task", values="score")
+    wide = wide.loc[table["encoder"].unique(), table["task"].unique()].round(2)
+    print("\nSpearman x 100 against human judgements (one seed: a difference is no proof)\n")
+    print(wide.rename_axis(index=None, columns=None).to_string())
+    print(f"\nfigures: {figures}/\nnotebooks: make lab")
+
+
+def run_doctor() -> None:
+    """Say what this machine has: device, precision, packaged assets, hub, STS data."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    healthy = True
+    print(
+        f"fcse        {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    print(f"device      {device.type} {name}, {os.cpu_count()} cores")
+    print(f"precision   auto means {resolve_precision('auto', device)} here")
+    for asset in (data.MINILM, data.WIKI_MINI, data.LEE_DOCUMENTS, data.LEE_JUDGEMENTS):
+        try:
+            asset.locate()
+            print(f"packaged    {asset.what}: ok, SHA-256 {asset.sha256[:12]}")
+        except InputError as error:
+            healthy = False
+            print(f"packaged    {asset.what}: {error}")
+    try:
+        print(f"STS data    {data.senteval_folder() or 'FCSE_SENTEVAL is not set; else the hub'}")
+    except InputError as error:
+        healthy = False
+        print(f"STS data    {error}")
+    print(f"hub         {'reachable' if data.hub_reachable() else 'out of reach (not needed)'}")
+    if not healthy:
+        raise InputError("something above needs mending")
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "study": run_study,
+    "doctor": run_doctor,
+}
+
+
+def _with_recipe(arguments: Sequence[str]) -> Callable[..., None]:
+    """`run_train` whose defaults are those of the recipe named among the arguments."""
+    text = " ".join(arguments)
+    named = re.search(r"(?:^|\s)--recipe[=\s]+(\S+)", text)
+    default = recipe(named[1] if named else _DEFAULT_RECIPE)
+
+    def run(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> None:
+        run_train(config)
+
+    run.__doc__ = f"{run_train.__doc__}\n\nRecipes: {', '.join(RECIPES)}."
+    return run
+
+
+def _one_line(box: str) -> str:
+    """The message inside the frame that the parser draws around an error."""
+    title, *body = (line.strip("│╭╰╮╯─ ") for line in box.splitlines())
+    message = " ".join(line for line in body if line)
+    return re.split(r" (?:Argument helptext:|For full helptext)", message)[0] or title
+
+
+def _parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """The command with its arguments, not yet run.
+
+    Raises:
+        InputError: what the parser says, in one line.
+    """
+
+    def bound(run: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+        return functools.wraps(run)(lambda *args, **kwargs: functools.partial(run, *args, **kwargs))
+
+    commands = _COMMANDS | {"train": _with_recipe(arguments)}
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: bound(run) for name, run in commands.items()},
+                prog="fcse",
+                description=__doc__,
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise InputError(_one_line(complaint.getvalue())) from None
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: exit code 0, 2 with one line on what the user can mend, 130 after Ctrl-C."""
+    try:
+        _parse(sys.argv[1:] if arguments is None else arguments)()
+    except InputError as error:
+        print(f"fcse: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fcse: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
