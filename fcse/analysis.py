@@ -123,6 +123,20 @@ def pull_by_decile(
     return pd.concat(frames, ignore_index=True)
 
 
+def hardest_share(
+    sim: Tensor,
+    objective: Objective = "focal_info_nce",
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+    fraction: float = 0.1,
+) -> float:
+    """Share of the absolute pull on negatives that the hardest `fraction` of them get: 0 to 1."""
+    s, pull = negative_pulls(sim, objective, temperature, m, modulate)
+    hardest = np.argsort(-s, kind="stable")[: round(fraction * len(s))]
+    return float(np.abs(pull[hardest]).sum() / np.abs(pull).sum())
+
+
 def ranked_negatives(
     sim: Tensor, sentences: Sequence[str], temperature: float = 0.05, m: float = 0.3
 ) -> pd.DataFrame:
@@ -155,3 +169,39 @@ def neighbourhood_purity(x: np.ndarray, labels: Sequence[str], k: int = 10) -> f
     np.fill_diagonal(similarity, -np.inf)
     nearest = np.argpartition(-similarity, k, axis=1)[:, :k]
     return float((codes[nearest] == codes[:, None]).mean())
+
+
+def below_resting_point(
+    sim: Tensor, m_values: Sequence[float], temperature: float = 0.05
+) -> pd.DataFrame:
+    """How many negatives lie below s = -m/2, and how much of the pull draws them to the anchor.
+
+    Args:
+        sim: (N, M) float, positives on the diagonal.
+        m_values: values of m to try.
+        temperature: tau > 0.
+
+    Returns:
+        Columns "m", "resting_point", "below" (share of the negatives, 0 to 1), "pull_towards"
+        (share of the absolute pull on negatives that raises their similarity, 0 to 1).
+    """
+    rows = []
+    for m in m_values:
+        s, pull = negative_pulls(sim, "focal_info_nce", temperature, m)
+        rows.append(
+            {
+                "m": m,
+                "resting_point": -m / 2,
+                "below": float((s < -m / 2).mean()),
+                "pull_towards": float(-pull[pull < 0].sum() / np.abs(pull).sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def umap_map(x: np.ndarray, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
+    """A UMAP of the rows of x by cosine (McInnes et al. 2018): (n, D) float -> (n, 2) float32."""
+    import umap  # compiles on import, which takes seconds
+
+    reducer = umap.UMAP(n_neighbors=n_neighbors, metric="cosine", random_state=seed, n_jobs=1)
+    return reducer.fit_transform(x)

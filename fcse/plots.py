@@ -128,26 +128,51 @@ def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Figure:
 
 
 def pull_curves(table: pd.DataFrame, temperature: float, m: float) -> Figure:
-    """What one similarity does to its logit, and how hard the loss pulls on it.
+    """What one similarity does to its logit, and the slope by which the loss pulls on it.
 
     Args:
-        table: columns "objective", "similarity", and "logit" and "slope" of a negative and
-            "positive_logit", "positive_slope" of a positive.
-        temperature, m: named in the titles.
+        table: what `analysis.curves` returns.
+        temperature, m: named in the title; s = -m/2 is marked.
     """
-    figure, (left, right) = _axes(2)
+    figure, axes = _axes(4, width=3.7)
+    columns = ("logit", "slope", "positive_logit", "positive_slope")
     for objective, rows in table.groupby("objective", sort=False):
-        left.plot(rows["similarity"], rows["logit"], **_line(objective))
-        right.plot(rows["similarity"], rows["slope"], **_line(objective))
-    left.set(xlabel="similarity s of a negative", ylabel="logit")
-    right.set(xlabel="similarity s of a negative", ylabel="slope of the logit, d logit / d s")
-    right.axhline(0, color="black", linewidth=0.8)
-    right.axvline(-m / 2, color="black", linewidth=0.8, linestyle=":")
-    right.annotate(
-        f"resting point\ns = −m/2 = {-m / 2:.2f}", (-m / 2, 0), (8, -30), textcoords="offset points"
+        for axis, column in zip(axes, columns, strict=True):
+            axis.plot(rows["similarity"], rows[column], **_line(objective))
+    for axis, column in zip(axes, columns, strict=True):
+        kind = "positive" if "positive" in column else "negative"
+        what = "slope, d logit / d s" if "slope" in column else "logit"
+        axis.set(xlabel=f"similarity s of a {kind}", ylabel=what)
+        axis.axhline(0, color="black", linewidth=0.8)
+    axes[1].axvline(-m / 2, color="black", linewidth=1, linestyle=":")
+    axes[1].annotate(
+        f"resting point\n−m/2 = {-m / 2:.2f}", (-m / 2, 0), (6, -32), textcoords="offset points"
     )
     figure.suptitle(f"temperature {temperature:g}, m {m:g}")
-    left.legend()
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES)
+    )
+    return figure
+
+
+def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Figure:
+    """Logit and slope of a negative while one parameter moves.
+
+    Args:
+        families: parameter name -> value of the parameter -> columns "similarity", "logit",
+            "slope".
+    """
+    figure, axes = _axes(2 * len(families), width=3.7)
+    for i, (name, tables) in enumerate(families.items()):
+        pair = axes[2 * i : 2 * i + 2]
+        colours = sns.color_palette("viridis", len(tables))
+        for (value, table), colour in zip(tables.items(), colours, strict=True):
+            for axis, column in zip(pair, ("logit", "slope"), strict=True):
+                axis.plot(table["similarity"], table[column], color=colour, label=f"{value:g}")
+        for axis, what in zip(pair, ("logit", "slope, d logit / d s"), strict=True):
+            axis.set(xlabel="similarity s of a negative", ylabel=what)
+            axis.axhline(0, color="black", linewidth=0.8)
+        pair[0].legend(title=name)
     return figure
 
 

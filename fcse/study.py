@@ -11,9 +11,14 @@ from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, senteval_f
 from fcse.encoder import SentenceEncoder
 from fcse.evaluation import judge
 from fcse.recipes import recipe
-from fcse.training import TrainResult, train
+from fcse.training import TrainConfig, TrainResult, train
 
 OBJECTIVES = ("info_nce", "focal_info_nce")
+
+
+def train_objectives(config: TrainConfig) -> dict[str, TrainResult]:
+    """The same config with each objective: objective -> its run, trained or loaded."""
+    return {objective: train(replace(config, objective=objective)) for objective in OBJECTIVES}
 
 
 def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:
@@ -32,7 +37,7 @@ def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:
     Raises:
         InputError: as in `training.train`.
     """
-    runs = {o: train(replace(recipe("minilm-wiki"), objective=o, seed=seed)) for o in OBJECTIVES}
+    runs = train_objectives(replace(recipe("minilm-wiki"), seed=seed))
     untrained = SentenceEncoder.from_pretrained("minilm")
     start = runs["info_nce"].record["weights"]["first"][:8]
     folder = runs["info_nce"].folder

@@ -1,0 +1,206 @@
+"""Real weights, real text, and tiny random models of each architecture, made once a session."""
+
+import os
+
+# The suite never asks a network: a hub that answers slowly must not decide how a test ends.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+from fcse.data import load_corpus
+from fcse.encoder import SentenceEncoder
+
+TOKEN_LIMIT = 64
+"""Tokens that every tiny model takes; RoBERTa's and MPNet's tables have two rows more."""
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+
+
+def bert_config(vocabulary, **changes):
+    return BertConfig(
+        **SIZES | {"vocab_size": vocabulary, "max_position_embeddings": TOKEN_LIMIT} | changes
+    )
+
+
+def roberta_config(vocabulary):
+    return RobertaConfig(
+        **SIZES,
+        vocab_size=vocabulary,
+        max_position_embeddings=TOKEN_LIMIT + 2,
+        type_vocab_size=1,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def distilbert_config(vocabulary):
+    return DistilBertConfig(
+        vocab_size=vocabulary,
+        dim=32,
+        n_layers=3,
+        n_heads=4,
+        hidden_dim=64,
+        max_position_embeddings=TOKEN_LIMIT,
+    )
+
+
+def mpnet_config(vocabulary):
+    return MPNetConfig(
+        **SIZES,
+        vocab_size=vocabulary,
+        max_position_embeddings=TOKEN_LIMIT + 2,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def modernbert_config(vocabulary):
+    # Four layers and a window of 16 tokens, so that local and global attention both take part.
+    return ModernBertConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        vocab_size=vocabulary,
+        max_position_embeddings=TOKEN_LIMIT,
+        local_attention=16,
+        global_attn_every_n_layers=3,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        cls_token_id=2,
+        sep_token_id=3,
+    )
+
+
+CONFIGS = {
+    "bert": bert_config,
+    "roberta": roberta_config,
+    "distilbert": distilbert_config,
+    "mpnet": mpnet_config,
+    "modernbert": modernbert_config,
+}
+
+
+def _word_pieces(text):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=600, special_tokens=special, show_progress=False
+    )
+    return tokenizer, trainer, dict(zip(("pad", "unk", "cls", "sep", "mask"), special, strict=True))
+
+
+def _byte_pairs(text):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    return tokenizer, trainer, dict(zip(("cls", "pad", "sep", "unk", "mask"), special, strict=True))
+
+
+def make_tokenizer(text, byte_pairs=False):
+    """A fast tokenizer trained on `text`, without a length limit of its own."""
+    tokenizer, trainer, special = (_byte_pairs if byte_pairs else _word_pieces)(text)
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{special['cls']} $A {special['sep']}",
+        special_tokens=[
+            (special[name], tokenizer.token_to_id(special[name])) for name in ("cls", "sep")
+        ],
+    )
+    named = {f"{name}_token": token for name, token in special.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+
+
+def save_tiny_model(config, tokenizer, folder, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """Real sentences: the head of the packaged corpus."""
+    return load_corpus("wiki-mini", limit=400)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, sentences):
+    """Architecture -> folder of a tiny random model with a tokenizer trained on real text."""
+    made = {}
+
+    def folder(architecture):
+        if architecture not in made:
+            byte_pairs = architecture in ("roberta", "mpnet")
+            tokenizer = make_tokenizer(sentences, byte_pairs)
+            made[architecture] = save_tiny_model(
+                CONFIGS[architecture](len(tokenizer)),
+                tokenizer,
+                tmp_path_factory.mktemp("models") / architecture,
+            )
+        return made[architecture]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def still_model(tmp_path_factory, sentences):
+    """Folder of a tiny BERT without any dropout: a batch's loss depends on the batch alone."""
+    tokenizer = make_tokenizer(sentences)
+    config = bert_config(
+        len(tokenizer), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return save_tiny_model(config, tokenizer, tmp_path_factory.mktemp("models") / "still")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The packaged encoder, in evaluation mode."""
+    return SentenceEncoder.from_pretrained("minilm")
+
+
+@pytest.fixture
+def no_sts_data(monkeypatch, tmp_path):
+    """No SentEval folder named, and a hub cache that is empty whatever this user has."""
+    monkeypatch.delenv("FCSE_SENTEVAL", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def senteval():
+    """The SentEval folder that the environment names."""
+    folder = os.environ.get("FCSE_SENTEVAL")
+    if not folder:
+        pytest.skip("FCSE_SENTEVAL is not set: no STS data to score on")
+    return folder
