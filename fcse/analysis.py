@@ -193,7 +193,7 @@ def below_resting_point(
                 "m": m,
                 "resting_point": -m / 2,
                 "below": float((s < -m / 2).mean()),
-                "pull_towards": float(-pull[pull < 0].sum() / np.abs(pull).sum()),
+                "pull_towards": float(np.abs(pull[pull < 0]).sum() / np.abs(pull).sum()),
             }
         )
     return pd.DataFrame(rows)

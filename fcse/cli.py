@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -18,7 +18,7 @@ import tyro
 from fcse import __version__, data
 from fcse.encoder import Pooling, SentenceEncoder
 from fcse.errors import InputError
-from fcse.evaluation import evaluate_lee, evaluate_sts
+from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
 from fcse.recipes import RECIPES, recipe
 from fcse.study import study
 from fcse.training import TrainConfig, resolve_precision, train
@@ -41,38 +41,56 @@ def run_evaluate(
     pooling: Pooling = "cls",
     senteval: Path | None = None,
     tasks: tuple[str, ...] = data.STS_TASKS,
+    aggregate: Aggregate = "all",
     json_: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Score an encoder on STS: 100 x Spearman over all pairs of a task, as SentEval reports it.
+    """Score an encoder: 100 x Spearman on STS tasks as SentEval reports it, their mean as avg.
+
+    STSBenchmark and SICKRelatedness are scored on their dev split too.
 
     Args:
         model: minilm (packaged), a model folder, or a hub name.
         pooling: How tokens become a sentence vector.
         senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
         tasks: SentEval names, or Lee for the packaged judgements, which need no folder.
-        json_: Also write the scores to this file.
+        aggregate: How the parts of a yearly task join: all pairs together, or the (weighted) mean.
+        json_: Also write the scores to this file, with those of each part.
     """
     known = (*data.STS_TASKS, "Lee")
-    if unknown := [task for task in tasks if task not in known]:
-        raise InputError(f"unknown task {unknown[0]!r}: choose from {', '.join(known)}")
-    if json_ is not None and not json_.parent.is_dir():
+    if not tasks or not set(tasks) <= set(known):
+        wrong = next((task for task in tasks if task not in known), "")
+        raise InputError(f"unknown task {wrong!r}: choose from {', '.join(known)}")
+    if json_ is not None and not json_.absolute().parent.is_dir():
         raise InputError(f"{json_.parent} is no folder: name one that exists for --json")
-    sts = [task for task in tasks if task != "Lee"]
-    for task in sts:
-        data.load_sts(task, folder=senteval)  # what is missing shows before the long part
-    encoder = SentenceEncoder.from_pretrained(model, pooling)
-    scores = evaluate_sts(encoder, sts, folder=senteval) if sts else {}
+    judged = {
+        task: data.load_lee() if task == "Lee" else data.load_sts(task, folder=senteval)
+        for task in dict.fromkeys(tasks)
+    }
+    averaged = [task for task in judged if task != "Lee"]
     for task in ("STSBenchmark", "SICKRelatedness"):
-        if task in sts:
-            dev = evaluate_sts(encoder, [task], split="dev", folder=senteval)
-            scores[f"{task}-dev"] = dev[task]
-    if "Lee" in tasks:
-        scores["Lee"] = evaluate_lee(encoder)
-    for task, score in scores.items():
-        print(f"{task:20}{score:8.2f}")
+        if task in judged:
+            judged[f"{task}-dev"] = data.load_sts(task, "dev", senteval)
+    encoder = SentenceEncoder.from_pretrained(model, pooling)
+    similarities = pair_similarities(encoder, list(judged.values()))
+    scores, subsets = {}, {}
+    for (name, pairs), similarity in zip(judged.items(), similarities, strict=True):
+        scores[name] = aggregate_spearman(similarity, pairs, aggregate)
+        subsets[name] = subset_scores(similarity, pairs)
+    if averaged:
+        scores["avg"] = sum(scores[task] for task in averaged) / len(averaged)
+    print(f"{model}, pooling {pooling}, aggregate {aggregate}: 100 x Spearman")
+    for name, score in scores.items():
+        print(f"{name:22}{score:8.2f}")
     if json_ is not None:
-        about = {"model": model, "pooling": pooling, "aggregate": "all", "fcse": __version__}
-        json_.write_text(json.dumps(about | scores, indent=1) + "\n")
+        about = {"model": model, "pooling": pooling, "aggregate": aggregate, "fcse": __version__}
+        _write_json(json_, about | scores | {"subsets": subsets})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def run_study(seed: int = 0, figures: Path = Path("figures")) -> None:

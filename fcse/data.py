@@ -169,7 +169,7 @@ def load_wiki_articles() -> dict[str, list[str]]:
     return articles
 
 
-def load_corpus(name_or_path: str, limit: int | None = None) -> list[str]:
+def load_corpus(name_or_path: str | Path, limit: int | None = None) -> list[str]:
     """The sentences of a corpus, in order, without empty lines.
 
     Args:
@@ -184,6 +184,7 @@ def load_corpus(name_or_path: str, limit: int | None = None) -> list[str]:
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
+    name_or_path = str(name_or_path)
     if name_or_path == "wiki-mini":
         sentences = [s for article in load_wiki_articles().values() for s in article]
     elif name_or_path == "wiki1m":

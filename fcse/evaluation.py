@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import scipy.stats
@@ -11,6 +12,8 @@ from torch import Tensor
 from fcse.data import STS_TASKS, SentencePairs, load_lee, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
+
+Aggregate = Literal["all", "mean", "wmean"]
 
 _BLOCK = 1024
 """Rows of the similarity matrix held at a time by `uniformity`."""
@@ -40,6 +43,39 @@ def embed_pairs(
     return [(x[[row[s] for s in pairs.left]], x[[row[s] for s in pairs.right]]) for pairs in tasks]
 
 
+def pair_similarities(encoder: SentenceEncoder, tasks: Sequence[SentencePairs]) -> list[np.ndarray]:
+    """Cosine similarity of every pair of each task: (n,) float32 each."""
+    return [(u * v).sum(axis=1) for u, v in embed_pairs(encoder, tasks)]
+
+
+def aggregate_spearman(
+    similarity: np.ndarray, pairs: SentencePairs, aggregate: Aggregate = "all"
+) -> float:
+    """100 x Spearman of a task, its parts taken together as `aggregate` says.
+
+    "all": one correlation over all pairs of all parts, what SimCSE and its successors report.
+    "mean": mean of the parts' correlations; "wmean": the same weighted by their pairs. For a task
+    of one part all three are the same.
+    """
+    if aggregate == "all":
+        return 100 * spearman(similarity, pairs.gold)
+    parts = subset_scores(similarity, pairs).values()
+    weights = [part["pairs"] for part in parts] if aggregate == "wmean" else None
+    return float(np.average([part["spearman"] for part in parts], weights=weights))
+
+
+def subset_scores(similarity: np.ndarray, pairs: SentencePairs) -> dict[str, dict[str, float]]:
+    """100 x Spearman under "spearman" and the count under "pairs", for each part of a task."""
+    subsets = np.array(pairs.subsets)
+    return {
+        name: {
+            "spearman": 100 * spearman(similarity[subsets == name], pairs.gold[subsets == name]),
+            "pairs": int((subsets == name).sum()),
+        }
+        for name in dict.fromkeys(pairs.subsets)
+    }
+
+
 def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
     """Score an encoder on judged pairs: "spearman" (x 100), "alignment" and "uniformity".
 
@@ -66,17 +102,18 @@ def evaluate_sts(
     tasks: Sequence[str] = STS_TASKS,
     split: str = "test",
     folder: str | Path | None = None,
+    aggregate: Aggregate = "all",
 ) -> dict[str, float]:
-    """100 x Spearman for each STS task in the "all" setting, as SentEval and SimCSE report it.
+    """100 x Spearman for each STS task, as SentEval and SimCSE report it: embeddings without head.
 
-    One correlation over all pairs of a task, its parts taken together; embeddings without the
-    head. Under "avg" stands the mean over `tasks`.
+    Under "avg" stands the mean over `tasks`.
 
     Args:
         encoder: the encoder, with the pooling to evaluate.
         tasks: names from `STS_TASKS`.
         split: "test"; "dev" for STSBenchmark and SICKRelatedness.
         folder: SentEval data folder, see `load_sts`.
+        aggregate: how the parts of a yearly task join, see `aggregate_spearman`.
 
     Raises:
         InputError: no task, an unknown task or split, or data that is missing.
@@ -85,8 +122,8 @@ def evaluate_sts(
         raise InputError(f"no task to evaluate: choose from {', '.join(STS_TASKS)}")
     loaded = [load_sts(task, split, folder) for task in tasks]
     scores = {
-        pairs.name: 100 * spearman((u * v).sum(axis=1), pairs.gold)
-        for pairs, (u, v) in zip(loaded, embed_pairs(encoder, loaded), strict=True)
+        pairs.name: aggregate_spearman(similarity, pairs, aggregate)
+        for pairs, similarity in zip(loaded, pair_similarities(encoder, loaded), strict=True)
     }
     return scores | {"avg": float(np.mean(list(scores.values())))}
 

@@ -55,10 +55,9 @@ STYLE = {
 
 
 def _axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False
-        )
+    figure, axes = plt.subplots(
+        1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False
+    )
     plt.close(figure)  # shown once, where it is returned, not a second time by the notebook
     return figure, list(axes[0])
 
@@ -67,6 +66,7 @@ def _line(key: str) -> dict[str, str]:
     return {"color": COLOURS[key], "label": NAMES[key], "linestyle": _DASHES[key]}
 
 
+@plt.rc_context(STYLE)
 def save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
     """Write a figure as PNG and SVG, and the numbers behind it as CSV, under one name.
 
@@ -76,12 +76,12 @@ def save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
         path: folder and name without suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        figure.savefig(path.with_suffix(".png"))
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"))
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
 
 
+@plt.rc_context(STYLE)
 def scores(table: pd.DataFrame) -> Figure:
     """Score of each encoder on each judged task.
 
@@ -89,26 +89,21 @@ def scores(table: pd.DataFrame) -> Figure:
         table: columns "encoder" (a key of `NAMES`), "task", "score" (100 x Spearman).
     """
     tasks = list(dict.fromkeys(table["task"]))
-    figure, (axes,) = _axes(width=3.2 + 1.3 * len(tasks))
-    for encoder, rows in table.groupby("encoder", sort=False):
-        shift = 0.12 * (list(NAMES).index(encoder) - 1)
-        x = [tasks.index(task) + shift for task in rows["task"]]
-        axes.plot(
-            x, rows["score"], _MARKERS[encoder], color=COLOURS[encoder], label=NAMES[encoder], ms=8
-        )
-        for left, score in zip(x, rows["score"], strict=True):
-            axes.annotate(
-                f"{score:.1f}", (left, score), (0, 8), textcoords="offset points",
-                ha="center", fontsize=9, color=COLOURS[encoder],
-            )  # fmt: skip
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_xlim(-0.6, len(tasks) - 0.4)
-    axes.margins(y=0.18)
-    axes.set_ylabel("Spearman × 100")
-    figure.legend(loc="outside upper center", ncols=3)
+    figure, axes = _axes(len(tasks), width=3.4)
+    for axis, task in zip(axes, tasks, strict=True):
+        rows = table[table["task"] == task]
+        for x, (encoder, score) in enumerate(zip(rows["encoder"], rows["score"], strict=True)):
+            axis.plot(x, score, _MARKERS[encoder], color=COLOURS[encoder], markersize=10)
+            axis.annotate(
+                f"{score:.1f}", (x, score), (0, 9), textcoords="offset points", ha="center"
+            )
+        axis.set_xticks(range(len(rows)), [NAMES[key] for key in rows["encoder"]], rotation=20)
+        axis.set(title=task, ylabel="Spearman × 100")
+        axis.margins(x=0.25, y=0.25)
     return figure
 
 
+@plt.rc_context(STYLE)
 def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Figure:
     """Loss and score over the steps of each run.
 
@@ -127,6 +122,7 @@ def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Figure:
     return figure
 
 
+@plt.rc_context(STYLE)
 def pull_curves(table: pd.DataFrame, temperature: float, m: float) -> Figure:
     """What one similarity does to its logit, and the slope by which the loss pulls on it.
 
@@ -155,6 +151,7 @@ def pull_curves(table: pd.DataFrame, temperature: float, m: float) -> Figure:
     return figure
 
 
+@plt.rc_context(STYLE)
 def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Figure:
     """Logit and slope of a negative while one parameter moves.
 
@@ -176,6 +173,7 @@ def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Figu
     return figure
 
 
+@plt.rc_context(STYLE)
 def pull_by_decile(table: pd.DataFrame) -> Figure:
     """Share of the pull on negatives that falls on each decile of similarity.
 
@@ -198,6 +196,7 @@ def pull_by_decile(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@plt.rc_context(STYLE)
 def plane(table: pd.DataFrame) -> Figure:
     """Alignment against uniformity: a path per run, from an open marker to a filled one.
 
@@ -219,6 +218,7 @@ def plane(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@plt.rc_context(STYLE)
 def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str, diverging: bool) -> Figure:
     """Matrices side by side on one colour scale.
 
@@ -228,14 +228,17 @@ def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str, diverging
         diverging: centre the scale at 0.
     """
     figure, axes = _axes(len(matrices), width=4.4, height=4.0)
-    bound = max(np.abs(x).max() for x in matrices.values())
+    low = min(x.min() for x in matrices.values())
+    high = max(x.max() for x in matrices.values())
+    if diverging:
+        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         sns.heatmap(
             matrix,
             ax=axis,
             cmap="vlag" if diverging else "cividis",
-            vmin=-bound if diverging else 0,
-            vmax=bound,
+            vmin=low,
+            vmax=high,
             square=True,
             xticklabels=8,
             yticklabels=8,
@@ -243,9 +246,11 @@ def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str, diverging
             cbar_kws={"label": label},
         )
         axis.set(title=title, xlabel="candidate j", ylabel="anchor i")
+        axis.grid(visible=False)
     return figure
 
 
+@plt.rc_context(STYLE)
 def similarity_distribution(table: pd.DataFrame) -> Figure:
     """Density of cosine similarities, one curve per encoder, one panel per kind of pair.
 
@@ -262,6 +267,7 @@ def similarity_distribution(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@plt.rc_context(STYLE)
 def maps(table: pd.DataFrame, groups: Sequence[str]) -> Figure:
     """Two-dimensional maps of the same sentences, one panel per encoder, coloured by group.
 

@@ -39,9 +39,9 @@ class TrainConfig:
     """Name of the recipe the other fields started from; a label, see `fcse.recipes`."""
     objective: losses.Objective = "focal_info_nce"
     """The loss: info_nce (SimCSE) or focal_info_nce (Hou & Li 2023)."""
-    encoder: str = "minilm"
+    encoder: str | Path = "minilm"
     """Where to start: minilm (packaged), a model folder, or a hub name."""
-    corpus: str = "wiki-mini"
+    corpus: str | Path = "wiki-mini"
     """What to train on: wiki-mini (packaged), wiki1m (hub), a text file, or DATASET:COLUMN."""
     temperature: float = 0.05
     """tau > 0, the divisor of the logits."""
@@ -67,7 +67,7 @@ class TrainConfig:
     """Score every so many steps, >= 1."""
     metric: Metric = "last"
     """Which weights to keep: those of the last step, or of the best lee or stsb_dev score."""
-    output: str | None = None
+    output: str | Path | None = None
     """Folder of the run; by default a folder of its own under FCSE_RUNS, else under runs/."""
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class TrainConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: all but the folder."""
-        fields = asdict(self)
+        fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         del fields["output"]
         return fields
 

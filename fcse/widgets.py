@@ -58,7 +58,7 @@ class AblationPanel:
     @property
     def png(self) -> bytes:
         """The present picture, for readers without a running kernel."""
-        return self._picture.value
+        return bytes(self._picture.value)
 
     def _draw_background(self) -> None:
         with plt.rc_context(plots.STYLE | {"figure.dpi": 80}):

@@ -1,0 +1,151 @@
+"""Is a difference real: over the pairs of one task, and over the seeds of two objectives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+
+from fcse.data import SentencePairs
+from fcse.encoder import SentenceEncoder
+from fcse.errors import InputError
+from fcse.evaluation import pair_similarities, spearman
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """b minus a, in points of 100 x Spearman.
+
+    difference: the observed difference or the mean over seeds. low, high: its interval at
+    `confidence`. p: two-sided p-value of "no difference". n: pairs or seeds it rests on.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+    confidence: float = 0.95
+
+    def __str__(self) -> str:
+        interval = f"{100 * self.confidence:g} % interval {self.low:+.2f} to {self.high:+.2f}"
+        return f"{self.difference:+.2f} ({interval}, p = {self.p:.3f}, n = {self.n})"
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """Scores of one objective over seeds: mean, sample standard deviation, interval of the mean."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    n: int
+
+
+def compare(
+    a: SentenceEncoder,
+    b: SentenceEncoder,
+    task: SentencePairs,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Comparison:
+    """Paired bootstrap over the pairs of a task for the difference of two encoders' Spearman.
+
+    Each resample draws pairs with replacement and scores both encoders on the same draw, so what
+    makes a pair easy or hard for both cancels. It speaks of these two encoders on other pairs,
+    not of other seeds: for those see `compare_seeds`. Percentile interval (Efron & Tibshirani
+    1993, chapter 13); p is twice the share of resampled differences beyond 0.
+
+    Args:
+        a, b: the encoders; the difference is b - a.
+        task: judged pairs, from `load_sts` or `load_lee`.
+        resamples: bootstrap draws, at least 100.
+        confidence: of the interval, between 0 and 1.
+        seed: of the draws.
+    """
+    return compare_similarities(
+        pair_similarities(a, [task])[0],
+        pair_similarities(b, [task])[0],
+        task.gold,
+        resamples,
+        confidence,
+        seed,
+    )
+
+
+def compare_similarities(
+    a: np.ndarray,
+    b: np.ndarray,
+    gold: np.ndarray,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Comparison:
+    """`compare` on what the encoders said: a, b, gold are (n,) floats, row i the same pair."""
+    if resamples < 100 or not 0 < confidence < 1:
+        raise InputError("resamples must be at least 100 and confidence between 0 and 1")
+
+    def difference(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> float:
+        return 100 * (spearman(y, z) - spearman(x, z))
+
+    result = scipy.stats.bootstrap(
+        (a, b, gold),
+        difference,
+        paired=True,
+        vectorized=False,
+        n_resamples=resamples,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    drawn = result.bootstrap_distribution
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return Comparison(
+        difference=difference(a, b, gold),
+        low=float(result.confidence_interval.low),
+        high=float(result.confidence_interval.high),
+        # One is added to both counts: a bootstrap of B draws cannot show a p below 1 / (B + 1).
+        p=float(min(1.0, 2 * (beyond + 1) / (resamples + 1))),
+        n=len(gold),
+        confidence=confidence,
+    )
+
+
+def summarise_seeds(scores: Sequence[float], confidence: float = 0.95) -> SeedSummary:
+    """Mean, sample standard deviation and Student's t interval of the mean over seeds.
+
+    Raises:
+        InputError: fewer than two scores.
+    """
+    x = np.asarray(scores, dtype=float)
+    if len(x) < 2:
+        raise InputError(f"{len(x)} seed says nothing about the spread: run at least 2")
+    interval = scipy.stats.ttest_1samp(x, 0).confidence_interval(confidence)
+    return SeedSummary(
+        float(x.mean()), float(x.std(ddof=1)), float(interval.low), float(interval.high), len(x)
+    )
+
+
+def compare_seeds(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Comparison:
+    """Paired t test over seeds: a[i] and b[i] are two objectives' scores with the same seed.
+
+    Equal seeds share head, batches and dropout, so their common luck cancels.
+
+    Raises:
+        InputError: different lengths, or fewer than two seeds.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise InputError(f"a paired test needs 2 or more common seeds, got {len(a)} and {len(b)}")
+    test = scipy.stats.ttest_rel(b, a)
+    interval = test.confidence_interval(confidence)
+    difference = float(np.mean(np.subtract(b, a)))
+    return Comparison(
+        difference,
+        float(interval.low),
+        float(interval.high),
+        float(test.pvalue),
+        len(a),
+        confidence,
+    )
