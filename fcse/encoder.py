@@ -37,7 +37,11 @@ class SentenceEncoder(nn.Module):
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: Pooling
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: Pooling,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if pooling not in get_args(Pooling):
@@ -51,20 +55,25 @@ class SentenceEncoder(nn.Module):
         width = backbone.config.hidden_size
         self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh())
         nn.init.normal_(
-            self.head[0].weight, std=getattr(backbone.config, "initializer_range", 0.02)
+            self.head[0].weight,
+            std=getattr(backbone.config, "initializer_range", 0.02),
+            generator=torch.Generator().manual_seed(seed),
         )
         nn.init.zeros_(self.head[0].bias)
         self.max_length = min(tokenizer.model_max_length, _positions(backbone))
         self._inputs = set(inspect.signature(backbone.forward).parameters)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, pooling: Pooling = "cls") -> Self:
+    def from_pretrained(
+        cls, name_or_path: str | Path, pooling: Pooling = "cls", seed: int = 0
+    ) -> Self:
         """Load an encoder in float32, on the CPU, in evaluation mode.
 
         Args:
             name_or_path: "minilm" (packaged all-MiniLM-L6-v2, its checksum verified), a model
                 folder, or the name of a model on the hub.
             pooling: "cls", "mean", "mean_first_last" or "mean_top2".
+            seed: of the head, where the folder brings none.
 
         Raises:
             InputError: unknown pooling, no such model, no weights in the folder, or altered
@@ -88,7 +97,7 @@ class SentenceEncoder(nn.Module):
             ) from None
         finally:
             transformers.logging.set_verbosity(verbosity)
-        encoder = cls(backbone, tokenizer, pooling)
+        encoder = cls(backbone, tokenizer, pooling, seed)
         head = Path(path) / _HEAD_FILE
         if head.is_file():
             encoder.head.load_state_dict(load_file(head))

@@ -200,7 +200,7 @@ def _train(
             f"{config.batch_size}: lower batch_size or give more text"
         )
     judged = judged_pairs(config.metric)
-    encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling)
+    encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
     first_weights = weights_hash(encoder.backbone)
     optimizer = torch.optim.AdamW(
         encoder.parameters(), config.learning_rate, weight_decay=0.0, fused=True
