@@ -237,12 +237,12 @@ def test_modulated_negatives_have_a_resting_point(m):
 )
 def test_bad_parameters_are_refused(temperature, m, modulate):
     sim = torch.tensor(similarities(3, 3))
-    with pytest.raises(ValueError, match="temperature|m must|modulate"):
+    with pytest.raises(ValueError, match=r"temperature|m must|modulate"):
         check_parameters(temperature, m, modulate)
     for function in (logits, focal_info_nce):
-        with pytest.raises(ValueError, match="temperature|m must|modulate"):
+        with pytest.raises(ValueError, match=r"temperature|m must|modulate"):
             function(sim, temperature, m, modulate)
-    with pytest.raises(ValueError, match="temperature|m must|modulate"):
+    with pytest.raises(ValueError, match=r"temperature|m must|modulate"):
         gradient_weights(sim, "focal_info_nce", temperature, m, modulate)
 
 

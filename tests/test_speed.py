@@ -1,6 +1,7 @@
 """The levers that make a step cheaper compute the same thing as the library does without them."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -230,7 +231,7 @@ def test_groups_hold_sentences_of_similar_length(minilm, sentences):
         for rows, _ in speed.length_groups(token_ids, table, torch.device("cpu"))
     ]
     assert len(groups) == speed.LENGTH_GROUPS
-    for shorter, longer in zip(groups, groups[1:], strict=False):
+    for shorter, longer in pairwise(groups):
         assert max(shorter) <= min(longer)
 
 

@@ -58,7 +58,7 @@ def test_seed_summary_equals_the_formulas():
 
 def test_seeds_are_compared_in_pairs():
     a = np.array([70.0, 75.0, 80.0, 72.0])
-    b = a + [0.5, 0.6, 0.4, 0.5]
+    b = a + np.array([0.5, 0.6, 0.4, 0.5])
     paired = compare_seeds(a, b)
     assert paired.low > 0.3
     assert paired.p < 0.01

@@ -1,0 +1,194 @@
+"""The command line: what it offers, what it writes, and one clear line for what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fcse import cli
+
+FLAGS = [
+    "recipe",
+    "objective",
+    "encoder",
+    "corpus",
+    "temperature",
+    "m",
+    "modulate",
+    "pooling",
+    "batch-size",
+    "steps",
+    "learning-rate",
+    "seed",
+    "precision",
+    "output",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_runs(tmp_path, monkeypatch):
+    """Whatever a command writes lands in a folder of the test's own."""
+    monkeypatch.setenv("FCSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def corpus(tmp_path, sentences):
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(sentences[:60]), encoding="utf-8")
+    return str(path)
+
+
+def run(*arguments):
+    """Exit code of the command line, run in this process."""
+    try:
+        cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def tree(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["study"], ["doctor"]])
+def test_help(command, capsys):
+    assert run(*command, "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: fcse")
+
+
+def test_train_help_names_the_fields(capsys):
+    run("train", "--help")
+    shown = capsys.readouterr().out
+    assert [flag for flag in FLAGS if f"--{flag} " not in shown] == []
+
+
+def test_help_shows_the_defaults_of_the_recipe_named(capsys):
+    run("train", "--recipe", "roberta-base-focal", "--help")
+    shown = capsys.readouterr().out
+    assert "(default: roberta-base)" in shown
+    assert "512" in shown
+
+
+def bad_file(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
+BAD = {
+    "no such corpus": lambda d: ["train", "--corpus", str(d / "none.txt")],
+    "empty corpus": lambda d: ["train", "--corpus", bad_file(d / "empty.txt", b"\n \n")],
+    "too few sentences": lambda d: ["train", "--corpus", bad_file(d / "few.txt", b"a\nb\n")],
+    "not UTF-8": lambda d: ["train", "--corpus", bad_file(d / "latin.txt", b"caf\xe9\n" * 99)],
+    "temperature 0": lambda d: ["train", "--temperature", "0"],
+    "temperature below 0": lambda d: ["train", "--temperature", "-1"],
+    "NaN m": lambda d: ["train", "--m", "nan"],
+    "recipe": lambda d: ["train", "--recipe", "none-such"],
+    "objective": lambda d: ["train", "--objective", "none_such"],
+    "pooling": lambda d: ["evaluate", "minilm", "--pooling", "max"],
+    "task": lambda d: ["evaluate", "minilm", "--tasks", "STS99"],
+    "modulate": lambda d: ["train", "--modulate", "all"],
+    "steps": lambda d: ["train", "--steps", "abc"],
+    "steps below 1": lambda d: ["train", "--steps", "0"],
+    "flag": lambda d: ["train", "--no-such-flag", "1"],
+    "command": lambda d: ["fly"],
+    "no command": lambda d: [],
+    "no model": lambda d: ["evaluate"],
+    "no such model": lambda d: ["evaluate", str(d / "none"), "--tasks", "Lee"],
+    "model folder without weights": lambda d: [
+        "evaluate",
+        bad_file(d / "config.json", b'{"model_type": "bert"}') and str(d),
+        "--tasks",
+        "Lee",
+    ],
+    "output that is a file": lambda d: ["train", "--output", bad_file(d / "file", b"mine")],
+    "output with foreign files": lambda d: [
+        "train",
+        "--output",
+        bad_file(d / "notes.txt", b"mine") and str(d),
+    ],
+    "json folder": lambda d: ["evaluate", "minilm", "--tasks", "Lee", "--json", str(d / "x/y")],
+    "senteval folder": lambda d: ["evaluate", "minilm", "--senteval", str(d / "none")],
+    "no STS data": lambda d: ["evaluate", "minilm", "--tasks", "STS12"],
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.usefixtures("no_sts_data")
+def test_bad_input_is_one_line(case, tmp_path, capsys):
+    arguments = BAD[case](tmp_path)
+    before = tree(tmp_path)
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()
+    assert len(last) == 1, captured.err
+    assert last[0].startswith("fcse: ")
+    assert len(last[0]) > 20
+    assert captured.out == ""
+    assert tree(tmp_path) == before
+
+
+def test_train_writes_a_run_reuses_it_and_refuses_another(tiny_model, corpus, tmp_path, capsys):
+    arguments = [
+        "train",
+        *("--encoder", str(tiny_model("bert")), "--corpus", corpus, "--steps", "2"),
+        *("--batch-size", "8", "--max-length", "16", "--output", str(tmp_path / "run")),
+    ]
+    assert run(*arguments) == 0
+    assert "lee " in capsys.readouterr().out
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["config"]["batch_size"] == 8
+    before = tree(tmp_path)
+    assert run(*arguments) == 0
+    assert tree(tmp_path) == before
+    capsys.readouterr()
+    assert run(*arguments, "--seed", "1") == 2
+    assert "another run" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_evaluate_writes_scores(tmp_path, capsys):
+    path = tmp_path / "scores.json"
+    assert run("evaluate", "minilm", "--tasks", "Lee", "--json", str(path)) == 0
+    scores = json.loads(path.read_text())
+    assert scores["Lee"] == pytest.approx(47.44, abs=0.05)
+    assert scores["pooling"] == "cls"
+    assert "47.44" in capsys.readouterr().out
+
+
+def test_evaluate_sts_agrees_with_senteval(tmp_path, senteval):
+    # Scores of the SentEval code on the same weights and files.
+    path = tmp_path / "scores.json"
+    tasks = ["--tasks", "STS16", "STSBenchmark"]
+    assert run("evaluate", "minilm", "--senteval", senteval, *tasks, "--json", str(path)) == 0
+    scores = json.loads(path.read_text())
+    assert scores["STS16"] == pytest.approx(73.5467, abs=0.01)
+    assert scores["STSBenchmark"] == pytest.approx(73.5042, abs=0.01)
+    assert scores["STSBenchmark-dev"] == pytest.approx(79.7315, abs=0.01)
+    assert scores["avg"] == pytest.approx((scores["STS16"] + scores["STSBenchmark"]) / 2)
+    assert sum(part["pairs"] for part in scores["subsets"]["STS16"].values()) == 1186
+
+
+def test_doctor_finds_every_packaged_asset(capsys):
+    assert run("doctor") == 0
+    shown = capsys.readouterr().out
+    assert shown.count(": ok, SHA-256") == 4
+    assert "device" in shown
+    assert "precision" in shown
+
+
+def test_exit_code_of_the_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fcse.cli", "train", "--temperature", "0"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "fcse: temperature must be a finite number above 0, got 0.0"
+    ]
