@@ -82,3 +82,29 @@ def test_purity_by_brute_force():
         nearest = sorted((j for j in range(30) if j != i), key=lambda j: -(x[i] @ x[j]))[:4]
         hits += sum(labels[j] == labels[i] for j in nearest)
     assert analysis.neighbourhood_purity(x, labels, k=4) == pytest.approx(hits / (30 * 4))
+
+
+def test_batch_similarities_are_what_the_loss_sees(minilm, sentences):
+    batch = sentences[:8]
+    minilm.eval()
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    sim = analysis.batch_similarities(minilm, batch, max_length=16, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in minilm.modules())
+
+    assert torch.equal(analysis.batch_similarities(minilm, batch, 16, seed=3), sim)
+    assert not torch.equal(analysis.batch_similarities(minilm, batch, 16, seed=4), sim)
+    minilm.train()
+    try:
+        torch.manual_seed(3)
+        u, v = minilm(minilm.tokenize(batch, 16))
+        assert torch.equal(analysis.batch_similarities(minilm, batch, 16, seed=3), sim)
+        assert minilm.training
+    finally:
+        minilm.eval()
+    torch.testing.assert_close(sim, torch.cosine_similarity(u[:, None], v[None], dim=-1).detach())
+    assert (sim.dtype, sim.device.type, sim.requires_grad) == (torch.float32, "cpu", False)
+    # Two views of one sentence are nearest to each other, and dropout keeps them apart.
+    assert torch.equal(sim.argmax(dim=1), torch.arange(8))
+    assert (sim.diagonal() < 1 - 1e-4).all()

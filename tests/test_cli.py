@@ -10,20 +10,8 @@ import pytest
 from fcse import cli
 
 FLAGS = [
-    "recipe",
-    "objective",
-    "encoder",
-    "corpus",
-    "temperature",
-    "m",
-    "modulate",
-    "pooling",
-    "batch-size",
-    "steps",
-    "learning-rate",
-    "seed",
-    "precision",
-    "output",
+    *("recipe", "objective", "encoder", "corpus", "temperature", "m", "modulate", "pooling"),
+    *("batch-size", "steps", "learning-rate", "seed", "precision", "output"),
 ]
 
 
