@@ -89,7 +89,7 @@ def scores(table: pd.DataFrame) -> Figure:
         table: columns "encoder" (a key of `NAMES`), "task", "score" (100 x Spearman).
     """
     tasks = list(dict.fromkeys(table["task"]))
-    figure, axes = _axes(len(tasks), width=3.4)
+    figure, axes = _axes(len(tasks), width=max(3.4, 0.9 * table["encoder"].nunique()))
     for axis, task in zip(axes, tasks, strict=True):
         rows = table[table["task"] == task]
         for x, (encoder, score) in enumerate(zip(rows["encoder"], rows["score"], strict=True)):
@@ -97,7 +97,9 @@ def scores(table: pd.DataFrame) -> Figure:
             axis.annotate(
                 f"{score:.1f}", (x, score), (0, 9), textcoords="offset points", ha="center"
             )
-        axis.set_xticks(range(len(rows)), [NAMES[key] for key in rows["encoder"]], rotation=20)
+        axis.set_xticks(
+            range(len(rows)), [NAMES[key] for key in rows["encoder"]], rotation=20, ha="right"
+        )
         axis.set(title=task, ylabel="Spearman × 100")
         axis.margins(x=0.25, y=0.25)
     return figure

@@ -36,15 +36,15 @@ class AblationPanel:
             sim: (N, N) float, a real batch's similarity matrix, positives on the diagonal.
         """
         self.sim = sim
-        label = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
-        self.temperature = widgets.FloatLogSlider(
-            0.05, base=10, min=-2, max=0, step=0.05, description="temperature τ", **label
+        label = {"style": {"description_width": "9em"}, "layout": {"width": "26em"}}
+        self.temperature = widgets.FloatSlider(
+            0.05, min=0.01, max=0.5, step=0.01, description="temperature τ", **label
         )
         self.m = widgets.FloatSlider(0.3, min=-0.5, max=1.0, step=0.05, description="m", **label)
         self.modulate = widgets.ToggleButtons(
             options=["both", "positive", "negative", "none"],
             description="modulate",
-            style={"description_width": "7em", "button_width": "6em"},
+            style={"description_width": "9em", "button_width": "6em"},
         )
         self._facts = widgets.HTML()
         self._picture = widgets.Image(format="png", layout={"max_width": "100%"})
