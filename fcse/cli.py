@@ -60,8 +60,8 @@ def run_evaluate(
     if not tasks or not set(tasks) <= set(known):
         wrong = next((task for task in tasks if task not in known), "")
         raise InputError(f"unknown task {wrong!r}: choose from {', '.join(known)}")
-    if json_ is not None and not json_.absolute().parent.is_dir():
-        raise InputError(f"{json_.parent} is no folder: name one that exists for --json")
+    if json_ is not None and (json_.is_dir() or not json_.absolute().parent.is_dir()):
+        raise InputError(f"--json {json_} cannot be written: name a file in a folder that exists")
     judged = {
         task: data.load_lee() if task == "Lee" else data.load_sts(task, folder=senteval)
         for task in dict.fromkeys(tasks)
@@ -145,9 +145,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 
 def _with_recipe(arguments: Sequence[str]) -> Callable[..., None]:
     """`run_train` whose defaults are those of the recipe named among the arguments."""
-    text = " ".join(arguments)
-    named = re.search(r"(?:^|\s)--recipe[=\s]+(\S+)", text)
-    default = recipe(named[1] if named else _DEFAULT_RECIPE)
+    named = re.findall(r"(?:^|\s)--recipe[=\s]+(\S+)", " ".join(arguments))
+    default = recipe(named[-1] if named else _DEFAULT_RECIPE)
 
     def run(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> None:
         run_train(config)

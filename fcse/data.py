@@ -125,6 +125,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; False also for what cannot be a path at all."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long, a null byte
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; False also for what cannot be a path at all."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def text_hash(lines: Sequence[str]) -> str:
     """Hexadecimal SHA-256 of the lines, each followed by a newline, in UTF-8."""
     digest = hashlib.sha256()
@@ -189,7 +205,7 @@ def load_corpus(name_or_path: str | Path, limit: int | None = None) -> list[str]
         sentences = [s for article in load_wiki_articles().values() for s in article]
     elif name_or_path == "wiki1m":
         sentences = _read_lines(download("wiki1m_for_simcse.txt"))
-    elif Path(name_or_path).is_file():
+    elif is_file(name_or_path):
         sentences = _read_lines(Path(name_or_path))
     elif ":" in name_or_path:
         sentences = _read_dataset(*name_or_path.rsplit(":", 1), limit)
@@ -219,7 +235,7 @@ def _read_dataset(name: str, column: str, limit: int | None) -> list[str]:
     import datasets
 
     try:
-        if Path(name).is_dir():
+        if is_folder(name):
             dataset = datasets.load_from_disk(name)
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset["train"]
@@ -362,7 +378,7 @@ def _senteval_from_hub() -> Path:
 
 
 def _read_senteval_lines(path: Path) -> list[str]:
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{path} is missing: the SentEval folder is not complete")
     try:
         # splitlines() and not split("\n"): as SentEval reads these files.

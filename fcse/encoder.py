@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fcse import speed
-from fcse.data import MINILM, first_line, hub_reachable
+from fcse.data import MINILM, first_line, hub_reachable, is_file, is_folder
 from fcse.errors import InputError
 
 Pooling = Literal["cls", "mean", "mean_first_last", "mean_top2"]
@@ -80,10 +81,10 @@ class SentenceEncoder(nn.Module):
                 packaged weights.
         """
         path = str(MINILM.locate().parent if name_or_path == "minilm" else name_or_path)
-        local = Path(path).is_dir()
-        if local:
+        folder = is_folder(path)
+        if folder:
             _check_model_folder(Path(path))
-        local = local or not hub_reachable()
+        local = folder or not hub_reachable()
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -97,10 +98,18 @@ class SentenceEncoder(nn.Module):
             ) from None
         finally:
             transformers.logging.set_verbosity(verbosity)
+        if backbone.config.is_encoder_decoder or tokenizer.pad_token_id is None:
+            raise InputError(
+                f"{str(name_or_path)!r} ({backbone.config.model_type}) is no encoder with a "
+                "padding token: give one of BERT's kind"
+            )
         encoder = cls(backbone, tokenizer, pooling, seed)
         head = Path(path) / _HEAD_FILE
-        if head.is_file():
-            encoder.head.load_state_dict(load_file(head))
+        if is_file(head):
+            try:
+                encoder.head.load_state_dict(load_file(head))
+            except (SafetensorError, RuntimeError):  # broken, or of another width
+                raise InputError(f"{head} does not fit this encoder: delete it") from None
         return encoder.eval()
 
     @property

@@ -33,13 +33,12 @@ def weights_hash(module: nn.Module) -> str:
 
 
 class RunFolder:
-    """One run's folder, bound to the identity (config and versions) of that run."""
+    """One run's folder, bound to the identity of that run: parts with names and values."""
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, dict[str, Any]]) -> None:
         self.path = path
-        self.config = config
         self.model = path / _MODEL
-        self.identity = {"config": config, "versions": versions()}
+        self.identity = identity
 
     def record(self) -> dict[str, Any] | None:
         """What run.json holds once this very run has finished, else None.
@@ -47,8 +46,11 @@ class RunFolder:
         Raises:
             InputError: the folder holds another run, or something that is no run.
         """
-        if not self.path.exists():
-            return None
+        try:
+            if not self.path.exists():
+                return None
+        except OSError as error:  # a name that is too long, a parent that may not be read
+            raise InputError(f"output {self.path} cannot be read: {error.strerror}") from None
         if not self.path.is_dir():
             raise InputError(f"output {self.path} is a file: name a folder")
         if not any(self.path.iterdir()):
@@ -60,13 +62,14 @@ class RunFolder:
             raise InputError(f"output {self.path} holds files that are no run: {way_out}") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise InputError(f"{self.path / _RECORD} is no valid JSON: {way_out}") from None
-        for part in ("config", "versions"):
-            theirs, ours = record.get(part) or {}, self.identity[part]
-            differing = [k for k in ours if theirs.get(k) != ours[k]]
+        for part, ours in self.identity.items():
+            theirs = record.get(part) if isinstance(record, dict) else None
+            theirs = theirs if isinstance(theirs, dict) else {}
+            differing = [k for k in ours.keys() | theirs.keys() if theirs.get(k) != ours.get(k)]
             if differing:
                 raise InputError(
-                    f"output {self.path} holds another run (its {', '.join(differing)} "
-                    f"differ{'s' if len(differing) == 1 else ''}): {way_out}"
+                    f"output {self.path} holds another run (other {', '.join(sorted(differing))}): "
+                    f"{way_out}"
                 )
         return record if record.get("finished") else None
 

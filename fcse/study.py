@@ -9,6 +9,7 @@ import pandas as pd
 from fcse import analysis, plots
 from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, senteval_folder
 from fcse.encoder import SentenceEncoder
+from fcse.errors import InputError
 from fcse.evaluation import judge
 from fcse.recipes import recipe
 from fcse.training import TrainConfig, TrainResult, train
@@ -37,7 +38,12 @@ def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:
     Raises:
         InputError: as in `training.train`.
     """
-    runs = train_objectives(replace(recipe("minilm-wiki"), seed=seed))
+    config = replace(recipe("minilm-wiki"), seed=seed)
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"figures folder {figures}: {error.strerror}") from None
+    runs = train_objectives(config)
     untrained = SentenceEncoder.from_pretrained("minilm")
     start = runs["info_nce"].record["weights"]["first"][:8]
     folder = runs["info_nce"].folder

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from fcse import losses, speed
-from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, text_hash
+from fcse.data import SentencePairs, is_file, load_corpus, load_lee, load_sts, sha256, text_hash
 from fcse.encoder import Pooling, SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
@@ -60,7 +60,7 @@ class TrainConfig:
     max_length: int = 32
     """Tokens kept of each training sentence, >= 3; evaluation does not cut."""
     seed: int = 0
-    """Seed of head, data order and dropout, >= 0."""
+    """Seed of head, data order and dropout, 0 to 2**32 - 1."""
     precision: Precision = "auto"
     """bf16 (autocast), float32, or auto: bf16 where the hardware has bf16 matrix units."""
     eval_steps: int = 25
@@ -95,22 +95,29 @@ class TrainConfig:
         ):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2**32, got {self.seed}")
         if not 0 < self.learning_rate < 1:
             raise InputError(f"learning_rate must lie between 0 and 1, got {self.learning_rate}")
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the result: all but the folder."""
+        """What decides the result: the fields but the folder, local files' bytes, versions."""
         fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         del fields["output"]
-        return fields
+        files = (Path(self.corpus), Path(self.encoder) / "model.safetensors")
+        return {
+            "config": fields,
+            "files": {str(path): sha256(path) for path in files if is_file(path)},
+            "versions": versions(),
+        }
 
     @property
     def name(self) -> str:
-        """A folder name that is the same for equal configs and versions only."""
+        """A folder name that is the same for equal identities only."""
         modulate = losses.effective_modulation(self.objective, self.modulate)
         part = "" if modulate in ("none", "both") else f"-{modulate}"
-        identity = json.dumps([self.identity, versions()], sort_keys=True).encode()
+        identity = json.dumps(self.identity, sort_keys=True).encode()
         digest = hashlib.sha256(identity).hexdigest()[:8]
         return f"{self.objective}{part}-seed{self.seed}-{digest}"
 
@@ -234,9 +241,10 @@ def _train(
         if step % config.eval_steps == 0 or step == config.steps:
             scores = score(encoder, judged)
             folder.log(step=step, **scores)
-            kept = step if config.metric == "last" else scores[config.metric]
-            if kept > best and (config.metric != "last" or step == config.steps):
-                best = kept
+            value = step if config.metric == "last" else scores[config.metric]
+            value = -math.inf if math.isnan(value) else value
+            if value >= best:
+                best = value
                 folder.keep(encoder)
         if callback is not None:
             callback(step, encoder)

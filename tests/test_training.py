@@ -97,6 +97,17 @@ def test_a_finished_run_is_loaded(config):
     assert load_run(config).evaluations == first.evaluations
 
 
+def test_a_corpus_that_changed_is_another_run(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("FCSE_RUNS", str(tmp_path / "runs"))
+    config = replace(config, output=None, steps=2)
+    first = train(config)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(corpus.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    second = train(config)
+    assert second.folder != first.folder
+    assert second.losses != first.losses
+
+
 def test_a_folder_with_another_run_is_left_alone(config):
     folder = train(config).folder
     before = files(folder)
@@ -206,6 +217,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
         {"steps": 0},
         {"max_length": 2},
         {"seed": -1},
+        {"seed": 2**32},
         {"eval_steps": 0},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
