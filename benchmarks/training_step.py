@@ -17,7 +17,7 @@ from fcse import losses, speed
 from fcse.data import load_corpus
 from fcse.encoder import SentenceEncoder
 
-ROUNDS, STEPS, BATCH, LENGTH = 5, 2, 64, 32
+ROUNDS, STEPS, BATCH, LENGTH = 5, 1, 64, 32
 
 
 def plain_views(encoder, token_ids):

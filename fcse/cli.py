@@ -157,7 +157,7 @@ def _with_recipe(arguments: Sequence[str]) -> Callable[..., None]:
 
 def _one_line(box: str) -> str:
     """The message inside the frame that the parser draws around an error."""
-    title, *body = (line.strip("│╭╰╮╯─ ") for line in box.splitlines())
+    title, *body = (line.strip("│╭╰╮╯─|+- ") for line in box.splitlines())
     message = " ".join(line for line in body if line)
     return re.split(r" (?:Argument helptext:|For full helptext)", message)[0] or title
 

@@ -211,16 +211,17 @@ class SentenceEncoder(nn.Module):
             return embeddings
         token_ids = self.tokenize(sentences)
         order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-        was_training = self.training
-        self.eval()
-        with tqdm(
+        bar = tqdm(
             total=len(order),
             desc="encoding",
             unit=" sentences",
             disable=progress is False,
             delay=0 if progress else 2,
             leave=False,
-        ) as bar:
+        )
+        was_training = self.training
+        self.eval()
+        try:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = {"input_ids": [token_ids[i] for i in rows]}
@@ -228,7 +229,9 @@ class SentenceEncoder(nn.Module):
                 features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
                 embeddings[rows] = self.pool(features).float().cpu().numpy()
                 bar.update(len(rows))
-        self.train(was_training)
+        finally:
+            self.train(was_training)
+            bar.close()
         if normalize:
             norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
             embeddings /= np.maximum(norms, 1e-12)

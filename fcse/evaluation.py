@@ -155,9 +155,10 @@ def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
     total = 0.0
     for start in range(0, n, _BLOCK):
         block = x[start : start + _BLOCK]
-        squared = (2 - 2 * block @ x.T).clamp(min=0)
-        total += float(squared.mul(-t).exp().double().sum())
-    return float(np.log((total - n) / (n * (n - 1))))
+        kernel = (2 - 2 * block @ x.T).clamp(min=0).mul(-t).exp()
+        kernel.diagonal(start).zero_()  # a point with itself is no pair
+        total += float(kernel.double().sum())
+    return float(np.log(total / (n * (n - 1))))
 
 
 def _unit(x: Tensor | np.ndarray) -> Tensor:

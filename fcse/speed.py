@@ -80,7 +80,9 @@ def cheap_dropout(x: Tensor, p: float) -> Tensor:
 
 class _CheapDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
-        return cheap_dropout(x, self.p) if self.training and self.p > 0 else x
+        if 0 < self.p < 1:
+            return cheap_dropout(x, self.p) if self.training else x
+        return super().forward(x)
 
 
 def _cheap_attention(

@@ -241,9 +241,10 @@ def _train(
         if step % config.eval_steps == 0 or step == config.steps:
             scores = score(encoder, judged)
             folder.log(step=step, **scores)
-            value = step if config.metric == "last" else scores[config.metric]
+            value = scores.get(config.metric, math.nan)
             value = -math.inf if math.isnan(value) else value
-            if value >= best:
+            keep = step == config.steps if config.metric == "last" else value >= best
+            if keep:
                 best = value
                 folder.keep(encoder)
         if callback is not None:

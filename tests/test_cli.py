@@ -171,6 +171,19 @@ def test_doctor_finds_every_packaged_asset(capsys):
     assert "precision" in shown
 
 
+def test_the_parsers_frame_stays_out_where_output_is_ascii(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fcse.cli", "train", "--steps", "abc"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fcse: Error parsing --steps")
+    assert "----" not in done.stderr
+
+
 def test_exit_code_of_the_process(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "fcse.cli", "train", "--temperature", "0"],
