@@ -1,6 +1,8 @@
 """What makes a training step cheaper on a CPU without changing what it computes.
 
-Each lever stands alone; its gain is measured by `benchmarks/training_step.py`.
+Measured by `benchmarks/training_step.py` in float32 on 2 cores (packaged encoder, batch 64, length
+32; median of 5 alternating rounds), levers joining one by one against a plain step: the last layer
+for the first token 1.14x, groups of similar length 1.28x, cheap dropout 1.39x.
 """
 
 from collections.abc import Iterator, Sequence
