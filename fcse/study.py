@@ -117,8 +117,8 @@ def draw(
         plots.pull_curves(curves, config.temperature, config.m), curves, folder / "pull_curves"
     )
 
-    batch = load_corpus(config.corpus)[:: len(load_corpus(config.corpus)) // config.batch_size]
-    batch = batch[: config.batch_size]
+    sentences = load_corpus(config.corpus)
+    batch = sentences[:: len(sentences) // config.batch_size][: config.batch_size]
     sim = analysis.batch_similarities(untrained, batch, config.max_length, config.seed)
     deciles = analysis.pull_by_decile(sim, config.temperature, config.m)
     plots.save(plots.pull_by_decile(deciles), deciles, folder / "pull_by_decile")
