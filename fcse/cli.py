@@ -16,9 +16,10 @@ import torch
 import tyro
 
 from fcse import __version__, data
-from fcse.encoder import Pooling, SentenceEncoder
+from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
+from fcse.pooling import Pooling
 from fcse.recipes import RECIPES, recipe
 from fcse.study import study
 from fcse.training import TrainConfig, resolve_precision, train

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from fcse import speed
 from fcse.data import MINILM, first_line, hub_reachable, is_file, is_folder
 from fcse.errors import InputError
-
-Pooling = Literal["cls", "mean", "mean_first_last", "mean_top2"]
+from fcse.pooling import Pooling, layers_read, read_layout, write_layout
 
 _HEAD_FILE = "head.safetensors"
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -66,14 +65,17 @@ class SentenceEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, pooling: Pooling = "cls", seed: int = 0
+        cls, name_or_path: str | Path, pooling: Pooling | None = None, seed: int = 0
     ) -> Self:
         """Load an encoder in float32, on the CPU, in evaluation mode.
 
         Args:
-            name_or_path: "minilm" (packaged all-MiniLM-L6-v2, its checksum verified), a model
-                folder, or the name of a model on the hub.
-            pooling: "cls", "mean", "mean_first_last" or "mean_top2".
+            name_or_path: "minilm" (packaged all-MiniLM-L6-v2, its checksum verified), a run
+                folder, a model folder, also one in the layout of sentence-transformers, or the
+                name of a model on the hub.
+            pooling: "cls", "mean", "mean_first_last" or "mean_top2"; None means what the model
+                declares in that layout, and "cls" where it declares nothing. "minilm" means its
+                untuned "cls" readout, whatever pooling the published model was tuned for.
             seed: of the head, where the folder brings none.
 
         Raises:
@@ -81,16 +83,24 @@ class SentenceEncoder(nn.Module):
                 packaged weights.
         """
         path = str(MINILM.locate().parent if name_or_path == "minilm" else name_or_path)
+        if name_or_path == "minilm":
+            pooling = pooling or "cls"
+        if is_file(Path(path) / "run.json"):
+            path = str(Path(path) / "model")
         folder = is_folder(path)
-        if folder:
-            _check_model_folder(Path(path))
         local = folder or not hub_reachable()
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            backbone = AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=local)
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+            layout = read_layout(path, local)
+            if folder:
+                _check_model_folder(Path(path) / layout.subfolder)
+            where = {"local_files_only": local, "subfolder": layout.subfolder}
+            backbone = AutoModel.from_pretrained(path, dtype=torch.float32, **where)
+            tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        except InputError:
+            raise
         except Exception as error:  # dozens of types, from missing files to broken JSON
             raise InputError(
                 f"encoder {str(name_or_path)!r} could not be loaded ({first_line(error)}): give "
@@ -102,6 +112,12 @@ class SentenceEncoder(nn.Module):
             raise InputError(
                 f"{str(name_or_path)!r} ({backbone.config.model_type}) is no encoder with a "
                 "padding token: give one of BERT's kind"
+            )
+        pooling = pooling or layout.pooling or "cls"
+        if pooling == layout.pooling and pooling not in get_args(Pooling):
+            raise InputError(
+                f"{str(name_or_path)!r} declares {pooling}, which is none of the poolings "
+                f"{', '.join(get_args(Pooling))}: choose the one to read it with"
             )
         encoder = cls(backbone, tokenizer, pooling, seed)
         head = Path(path) / _HEAD_FILE
@@ -149,12 +165,12 @@ class SentenceEncoder(nn.Module):
                 return self.backbone(**features).last_hidden_state[:, 0]
         two_layers = self.pooling != "mean"
         output = self.backbone(**features, output_hidden_states=two_layers)
-        last = output.last_hidden_state
+        tokens = output.last_hidden_state
         if two_layers:
-            other = output.hidden_states[1 if self.pooling == "mean_first_last" else -2]
-            last = (last + other) / 2
-        mask = features["attention_mask"].unsqueeze(-1).to(last.dtype)
-        return (last * mask).sum(1) / mask.sum(1)
+            other, _ = layers_read(self.pooling, self.backbone.config.num_hidden_layers)
+            tokens = (tokens + output.hidden_states[other]) / 2
+        mask = features["attention_mask"].unsqueeze(-1).to(tokens.dtype)
+        return (tokens * mask).sum(1) / mask.sum(1)
 
     def forward(self, token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Two views of every sentence for the loss: each sentence runs twice, side by side.
@@ -238,16 +254,20 @@ class SentenceEncoder(nn.Module):
         return embeddings
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write backbone and tokenizer so that plain `AutoModel` loads them, the head beside them.
+        """Write backbone and tokenizer so that `AutoModel` and `SentenceTransformer` load them.
 
-        The head's file is read by `from_pretrained` only.
+        The pooling is declared in the layout of sentence-transformers. The head lies beside, in a
+        file that is read by `from_pretrained` only.
         """
+        path = Path(path)
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         save_file(
             {k: x.detach().cpu().contiguous() for k, x in self.head.state_dict().items()},
-            Path(path) / _HEAD_FILE,
+            path / _HEAD_FILE,
         )
+        layers = self.backbone.config.num_hidden_layers
+        write_layout(path, self.pooling, self.dimension, layers, self.max_length)
 
 
 def _positions(backbone: PreTrainedModel) -> int:

@@ -15,8 +15,8 @@ from fcse.errors import InputError
 
 Aggregate = Literal["all", "mean", "wmean"]
 
-_BLOCK = 1024
-"""Rows of the similarity matrix held at a time by `uniformity`."""
+_BLOCK = 2048
+"""Side of the square of similarities that `uniformity` holds at a time: 16 MiB in float32."""
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
@@ -82,7 +82,18 @@ def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
     SimCSE's convention: alignment over the pairs with a human score above 4 of 5 of the scale,
     uniformity over all distinct sentences of both sides.
     """
-    [(u, v)] = embed_pairs(encoder, [pairs])
+    return judge_tasks(encoder, [pairs])[0]
+
+
+def judge_tasks(encoder: SentenceEncoder, tasks: Sequence[SentencePairs]) -> list[dict[str, float]]:
+    """`judge` for each task, every distinct sentence of all of them encoded once."""
+    return [
+        _judge(u, v, pairs)
+        for (u, v), pairs in zip(embed_pairs(encoder, tasks), tasks, strict=True)
+    ]
+
+
+def _judge(u: np.ndarray, v: np.ndarray, pairs: SentencePairs) -> dict[str, float]:
     positive = pairs.gold > 0.8 * pairs.maximum
     distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
     return {
@@ -129,35 +140,52 @@ def evaluate_sts(
 
 
 def alignment(u: Tensor | np.ndarray, v: Tensor | np.ndarray) -> float:
-    """Mean squared distance of positive pairs on the unit sphere (Wang & Isola 2020, alpha = 2).
+    """Mean squared distance of positive pairs on the unit sphere: E ||u - v||^2, 0 to 4.
 
-    SimCSE's convention takes the pairs that people score above 4 of 5. Lower is better; 0 to 4.
+    Lower is better. Wang & Isola 2020 with alpha = 2. What makes published values differ:
+
+    - Inputs are scaled to unit length here, so ||u - v||^2 = 2 - 2 cos(u, v); the distance itself
+      (alpha = 1) gives another number.
+    - SimCSE (Gao et al. 2021, figure 2) and Focal-InfoNCE take the STS-B pairs that people score
+      above 4 of 5 as positives, 4 itself excluded, and embeddings without dropout and head: see
+      `judge`. Two dropout views of one sentence give far lower values.
 
     Args:
-        u, v: (n, D) float, row i of both is a positive pair; scaled to unit length here.
+        u, v: (n, D) float, row i of both is a positive pair.
     """
     u, v = _unit(u), _unit(v)
     return float((u - v).square().sum(dim=1).double().mean())
 
 
 def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
-    """log E exp(-t ||x - y||^2) over all pairs of distinct rows (Wang & Isola 2020).
+    """log E exp(-t ||x - y||^2) over all pairs of distinct rows; 0 for a single point.
 
-    SimCSE's convention takes all sentences of both sides of the pairs. Lower is better; 0 for a
-    single point. Memory grows with n, not with its square.
+    Lower is better. Wang & Isola 2020 with t = 2. What makes published values differ:
+
+    - Inputs are scaled to unit length here, and the distance is squared.
+    - Pairs are those of two different rows; a row with itself, at distance 0, would raise the
+      mean. Equal rows at different places do count: hand in each sentence once.
+    - SimCSE (Gao et al. 2021, figure 2) and Focal-InfoNCE take all sentences of STS-B, not the
+      positives alone, without dropout and head: see `judge`.
+    - The logarithm is taken of the mean over all pairs, not averaged over batches.
+
+    Squares of the similarity matrix are summed one at a time, in float64, so that memory grows
+    with n and not with its square.
 
     Args:
-        x: (n, D) float, n >= 2; scaled to unit length here.
+        x: (n, D) float, n >= 2.
         t: > 0.
     """
     x = _unit(x)
     n = len(x)
+    blocks = x.split(_BLOCK)
     total = 0.0
-    for start in range(0, n, _BLOCK):
-        block = x[start : start + _BLOCK]
-        kernel = (2 - 2 * block @ x.T).clamp(min=0).mul(-t).exp()
-        kernel.diagonal(start).zero_()  # a point with itself is no pair
-        total += float(kernel.double().sum())
+    for i, rows in enumerate(blocks):
+        for j, columns in enumerate(blocks[: i + 1]):
+            kernel = (rows @ columns.T).mul_(-2).add_(2).clamp_(min=0).mul_(-t).exp_()
+            if i == j:
+                kernel.fill_diagonal_(0)  # a point with itself is no pair
+            total += (1 if i == j else 2) * float(kernel.sum(dtype=torch.float64))
     return float(np.log(total / (n * (n - 1))))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fcse.cards import write_card
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 
@@ -100,8 +101,10 @@ class RunFolder:
         partial.rename(self.model)
 
     def finish(self, **facts: Any) -> None:
-        """Write the final run.json: identity and what came out."""
-        self._write_record(self.identity | facts | {"finished": True})
+        """Write the model card and the final run.json: identity and what came out."""
+        record = self.identity | facts
+        write_card(self.model, record)
+        self._write_record(record | {"finished": True})
 
     def _write_record(self, record: dict[str, Any]) -> None:
         partial = self.path / f"{_RECORD}.partial"

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from fcse import losses, speed
 from fcse.data import SentencePairs, is_file, load_corpus, load_lee, load_sts, sha256, text_hash
-from fcse.encoder import Pooling, SentenceEncoder
+from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
+from fcse.pooling import Pooling
 from fcse.runs import RunFolder, versions, weights_hash
 
 Metric = Literal["last", "lee", "stsb_dev"]
@@ -220,6 +221,7 @@ def _train(
     folder.start()
     folder.log(step=0, **score(encoder, judged))
     best = -math.inf
+    kept_step, kept_scores = 0, {}
     encoder.train()
     batches = tqdm(_batches(sentences, config), config.name, config.steps, unit="step")
     for step, batch in enumerate(batches, start=1):
@@ -245,7 +247,7 @@ def _train(
             value = -math.inf if math.isnan(value) else value
             keep = step == config.steps if config.metric == "last" else value >= best
             if keep:
-                best = value
+                best, kept_step, kept_scores = value, step, scores
                 folder.keep(encoder)
         if callback is not None:
             callback(step, encoder)
@@ -254,6 +256,8 @@ def _train(
         device=str(device),
         precision=precision,
         wall_time_s=round(time.perf_counter() - started, 1),
+        kept_step=kept_step,
+        scores=kept_scores,
         corpus={"sentences": len(sentences), "sha256": text_hash(sentences)},
         weights={"first": first_weights, "last": weights_hash(encoder.backbone)},
     )

@@ -1,0 +1,89 @@
+"""The model card beside a saved encoder: what it is, how it was trained, what it scored."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+_TEXT = """---
+{metadata}
+---
+
+# {title}
+
+A sentence encoder trained without labels by fcse, a study kit for
+[Focal-InfoNCE](https://arxiv.org/abs/2310.06918). Embeddings are read out by `{pooling}` pooling; the training head is not part of them.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer("path/to/this/folder").encode(["A sentence.", "Another one."])
+```
+
+## Scores
+
+100 × Spearman's rank correlation with human judgements, of the weights kept here: one run with
+one seed, so a difference to another card's numbers is no evidence by itself.
+
+{scores}
+
+## Training
+
+{training}
+
+## Versions
+
+{versions}
+"""
+
+
+def write_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write README.md with the metadata that model hubs read.
+
+    Args:
+        folder: of the model.
+        record: what run.json holds of a finished run.
+    """
+    config = record["config"]
+    title = f"{config['recipe'] or config['objective']}, seed {config['seed']}"
+    spearman = {
+        name: value
+        for name, value in record["scores"].items()
+        if not name.endswith(("_alignment", "_uniformity"))
+    }
+    metadata = ModelCardData(
+        base_model="sentence-transformers/all-MiniLM-L6-v2"
+        if config["encoder"] == "minilm"
+        else Path(config["encoder"]).name,
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", config["objective"]],
+        model_name=title,
+        eval_results=[
+            EvalResult(
+                task_type="sts",
+                dataset_type=name,
+                dataset_name=name,
+                metric_type="spearman",
+                metric_value=round(value, 2),
+            )
+            for name, value in spearman.items()
+        ],
+    )
+    facts = {k: record[k] for k in ("kept_step", "device", "precision", "wall_time_s")}
+    training = config | facts | {f"corpus {k}": v for k, v in record["corpus"].items()}
+    text = _TEXT.format(
+        metadata=metadata.to_yaml(),
+        title=title,
+        pooling=config["pooling"],
+        scores=_table("task", "score", {k: f"{v:.2f}" for k, v in record["scores"].items()}),
+        training=_table("setting", "value", training),
+        versions=_table("package", "version", record["versions"]),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {left} | {right} |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {k} | {v} |" for k, v in rows.items() if v is not None])
