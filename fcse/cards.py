@@ -6,14 +6,17 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+_PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
+
 _TEXT = """---
 {metadata}
 ---
 
 # {title}
 
-A sentence encoder trained without labels by fcse, a study kit for
-[Focal-InfoNCE](https://arxiv.org/abs/2310.06918). Embeddings are read out by `{pooling}` pooling; the training head is not part of them.
+{base} after {steps} steps of the unsupervised loss `{objective}`, trained with fcse, a study kit
+for [Focal-InfoNCE](https://arxiv.org/abs/2310.06918). Embeddings are read out by `{pooling}`
+pooling; the training head is not part of them.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -52,10 +55,9 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
         for name, value in record["scores"].items()
         if not name.endswith(("_alignment", "_uniformity"))
     }
+    base = _PACKAGED if config["encoder"] == "minilm" else _name(config["encoder"])
     metadata = ModelCardData(
-        base_model="sentence-transformers/all-MiniLM-L6-v2"
-        if config["encoder"] == "minilm"
-        else Path(config["encoder"]).name,
+        base_model=base,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", config["objective"]],
@@ -72,16 +74,25 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
         ],
     )
     facts = {k: record[k] for k in ("kept_step", "device", "precision", "wall_time_s")}
-    training = config | facts | {f"corpus {k}": v for k, v in record["corpus"].items()}
+    named = {"encoder": base, "corpus": _name(config["corpus"])}
+    training = config | named | facts | {f"corpus {k}": v for k, v in record["corpus"].items()}
     text = _TEXT.format(
         metadata=metadata.to_yaml(),
         title=title,
+        base=base,
+        steps=record["kept_step"],
+        objective=config["objective"],
         pooling=config["pooling"],
         scores=_table("task", "score", {k: f"{v:.2f}" for k, v in record["scores"].items()}),
         training=_table("setting", "value", training),
         versions=_table("package", "version", record["versions"]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _name(name_or_path: str) -> str:
+    """A hub name as it is; of a path on one machine only its last part."""
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
 
 
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -260,8 +261,12 @@ def _read_dataset(name: str, column: str, limit: int | None) -> list[str]:
 def download(filename: str) -> Path:
     """A file of `HUB_DATASET`, from the hub's local cache or downloaded into it.
 
+    The client resumes what was cut off. What it does not do is checked here: a large file's name
+    in the cache is its SHA-256, and its bytes have to match.
+
     Raises:
-        InputError: the hub is out of reach and the file is not in the cache.
+        InputError: the hub is out of reach and the file is not in the cache, or the file in the
+            cache is damaged; that one is removed, so that the next call fetches it again.
     """
     from huggingface_hub import hf_hub_download
 
@@ -269,12 +274,19 @@ def download(filename: str) -> Path:
         path = hf_hub_download(
             HUB_DATASET, filename, repo_type="dataset", local_files_only=not hub_reachable()
         )
-        return Path(path)
     except Exception as error:  # network, offline mode, gated, missing: one message for all
         raise InputError(
             f"{filename} of {HUB_DATASET} is neither in the local cache nor to be had from the hub "
             f"({first_line(error)}): go online once, or give a local path"
         ) from None
+    blob = Path(path).resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        blob.unlink()
+        raise InputError(
+            f"{filename} of {HUB_DATASET} was damaged (its SHA-256 differs) and is removed: run "
+            "the command again to fetch it"
+        )
+    return Path(path)
 
 
 def hub_reachable(timeout: float = 5.0) -> bool:
@@ -365,15 +377,22 @@ def _senteval_from_hub() -> Path:
         raise InputError(
             f"no STS data: name a SentEval folder with --senteval or FCSE_SENTEVAL ({error})"
         ) from None
-    target = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fcse" / "senteval"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fcse"
+    target = cache / f"senteval-{sha256(archive)[:12]}"
     if not target.is_dir():
-        partial = target.with_name(f"senteval.{os.getpid()}")
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")
-        partial.rename(target)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as partial, tarfile.open(archive) as tar:
+                tar.extractall(Path(partial) / "data", filter="data")
+                (Path(partial) / "data").rename(target)
+        except (tarfile.TarError, EOFError) as error:
+            raise InputError(f"{archive} cannot be unpacked ({first_line(error)})") from None
+        except OSError as error:
+            if not target.is_dir():  # else another process was faster
+                raise InputError(f"{cache} cannot be written: {error.strerror}") from None
     found = next(target.rglob("downstream"), None)
     if found is None:
-        raise InputError(f"{archive} holds no downstream/ folder: delete it and download it again")
+        raise InputError(f"{archive} holds no downstream/ folder: it is no SentEval data")
     return found
 
 
