@@ -1,26 +1,33 @@
-"""The command line: fcse train | evaluate | study | doctor, generated from the same dataclasses."""
+"""The command line: fcse train | evaluate | compare | report | import | study | doctor."""
 
 import functools
 import io
 import json
+import math
 import os
 import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import tyro
 
-from fcse import __version__, data
+from fcse import __version__, data, plots
+from fcse.checkpoints import import_checkpoint
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
 from fcse.pooling import Pooling
+from fcse.published import SIMCSE_50_SEEDS
 from fcse.recipes import RECIPES, recipe
+from fcse.report import beside_published, load_runs, over_seeds, score_runs
+from fcse.statistics import check_bootstrap, compare_tasks
 from fcse.study import study
 from fcse.training import TrainConfig, resolve_precision, train
 
@@ -39,7 +46,7 @@ def run_train(config: TrainConfig) -> None:
 
 def run_evaluate(
     model: Annotated[str, tyro.conf.Positional],
-    pooling: Pooling = "cls",
+    pooling: Pooling | None = None,
     senteval: Path | None = None,
     tasks: tuple[str, ...] = data.STS_TASKS,
     aggregate: Aggregate = "all",
@@ -50,23 +57,15 @@ def run_evaluate(
     STSBenchmark and SICKRelatedness are scored on their dev split too.
 
     Args:
-        model: minilm (packaged), a model folder, or a hub name.
-        pooling: How tokens become a sentence vector.
+        model: minilm (packaged), a run or model folder, or a hub name.
+        pooling: How tokens become a sentence vector; by default what the model declares, else cls.
         senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
         tasks: SentEval names, or Lee for the packaged judgements, which need no folder.
         aggregate: How the parts of a yearly task join: all pairs together, or the (weighted) mean.
         json_: Also write the scores to this file, with those of each part.
     """
-    known = (*data.STS_TASKS, "Lee")
-    if not tasks or not set(tasks) <= set(known):
-        wrong = next((task for task in tasks if task not in known), "")
-        raise InputError(f"unknown task {wrong!r}: choose from {', '.join(known)}")
-    if json_ is not None and (json_.is_dir() or not json_.absolute().parent.is_dir()):
-        raise InputError(f"--json {json_} cannot be written: name a file in a folder that exists")
-    judged = {
-        task: data.load_lee() if task == "Lee" else data.load_sts(task, folder=senteval)
-        for task in dict.fromkeys(tasks)
-    }
+    _check_json(json_)
+    judged = _load_tasks(tasks, senteval)
     averaged = [task for task in judged if task != "Lee"]
     for task in ("STSBenchmark", "SICKRelatedness"):
         if task in judged:
@@ -79,12 +78,153 @@ def run_evaluate(
         subsets[name] = subset_scores(similarity, pairs)
     if averaged:
         scores["avg"] = sum(scores[task] for task in averaged) / len(averaged)
-    print(f"{model}, pooling {pooling}, aggregate {aggregate}: 100 x Spearman")
+    about = {"model": model, "pooling": encoder.pooling, "aggregate": aggregate}
+    print(f"{model}, pooling {encoder.pooling}, aggregate {aggregate}: 100 x Spearman")
     for name, score in scores.items():
         print(f"{name:22}{score:8.2f}")
     if json_ is not None:
-        about = {"model": model, "pooling": pooling, "aggregate": aggregate, "fcse": __version__}
-        _write_json(json_, about | scores | {"subsets": subsets})
+        _write_json(json_, about | {"fcse": __version__} | scores | {"subsets": subsets})
+
+
+def run_compare(
+    a: Annotated[str, tyro.conf.Positional],
+    b: Annotated[str, tyro.conf.Positional],
+    pooling: Pooling | None = None,
+    senteval: Path | None = None,
+    tasks: tuple[str, ...] = ("Lee",),
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    json_: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Is encoder b better than a on these pairs: paired bootstrap of the Spearman difference.
+
+    The interval covers other pairs, not other seeds: for those train several and see fcse report.
+
+    Args:
+        a: minilm (packaged), a run or model folder, or a hub name.
+        b: Likewise; differences are b - a.
+        pooling: Of both; by default what each declares, else cls.
+        senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
+        tasks: SentEval names, or Lee for the packaged judgements.
+        resamples: Bootstrap draws, at least 100.
+        confidence: Of the interval, between 0 and 1.
+        json_: Also write the comparison to this file.
+    """
+    _check_json(json_)
+    check_bootstrap(resamples, confidence)
+    judged = list(_load_tasks(tasks, senteval).values())
+    encoders = [SentenceEncoder.from_pretrained(model, pooling) for model in (a, b)]
+    results = compare_tasks(*encoders, judged, resamples, confidence)
+    names = [pairs.name for pairs in judged] + ["mean"]
+    rows = dict(zip(names, results, strict=True))
+    if len(judged) == 1:
+        del rows["mean"]
+    print(f"{b} minus {a}: 100 x Spearman, paired bootstrap of {resamples} draws over pairs")
+    for name, result in rows.items():
+        print(f"{name:18}{result}")
+    if json_ is not None:
+        about = {"a": a, "b": b, "poolings": [e.pooling for e in encoders], "fcse": __version__}
+        _write_json(json_, about | {name: asdict(result) for name, result in rows.items()})
+
+
+def run_report(
+    runs: Annotated[Path | None, tyro.conf.Positional] = None,
+    sts: bool = False,
+    senteval: Path | None = None,
+    figures: Path | None = None,
+) -> None:
+    """Objectives over their seeds with intervals, and runs beside the published numbers.
+
+    Scores are kept in each run's folder, so that a second report takes seconds.
+
+    Args:
+        runs: A folder of runs, or one run; by default FCSE_RUNS, else runs/, where there is one.
+        sts: Score the seven STS tasks too; their mean is what stands beside the published ones.
+        senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
+        figures: Folder for the two figures, as PNG, SVG and CSV.
+    """
+    default = Path(os.environ.get("FCSE_RUNS", "runs"))
+    folder = runs or (default if default.is_dir() else None)
+    scores = None
+    if folder is not None:
+        found = load_runs(folder)
+        tasks = _load_tasks(("Lee", *(data.STS_TASKS if sts else ())), senteval)
+        scores = score_runs(found, list(tasks.values()))
+        summary = over_seeds(scores)
+        _print_seeds(summary)
+    points = beside_published(scores)
+    print("\nmean of the seven STS tasks, and its distance from 50 seeds of SimCSE in their sd")
+    for row in points.itertuples():
+        distance = "" if math.isnan(row.z) else f"{row.z:+8.1f} sd"
+        print(f"{row.backbone:22}{row.objective:16}{row.avg:7.2f}{distance:12}  {row.source}")
+    if any(points["backbone"] == "minilm"):
+        print("minilm was tuned on supervised pairs: no comparison with the rows above it")
+    if figures is not None:
+        try:
+            figures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"figures folder {figures}: {error.strerror}") from None
+        plots.save(
+            plots.beside_published(points, SIMCSE_50_SEEDS), points, figures / "beside_published"
+        )
+        if scores is not None:
+            for i, (settings, rows) in enumerate(scores.groupby("settings", sort=False), start=1):
+                part = summary[summary["settings"] == settings]
+                plots.save(plots.over_seeds(rows, part), rows, figures / f"over_seeds_{i}")
+        print(f"\nfigures: {figures}/")
+
+
+def _print_seeds(summary: pd.DataFrame) -> None:
+    for settings, table in summary.groupby("settings", sort=False):
+        print(f"\n{settings or 'all runs share their settings'}: 100 x Spearman over seeds")
+        for row in table.itertuples():
+            spread = "one seed: no interval"
+            if row.seeds > 1:
+                spread = f"sd {row.sd:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f}"
+            print(f"{row.task:16}{row.objective:16}{row.mean:7.2f}  n = {row.seeds}, {spread}")
+            if row.gain is not None:
+                print(f"{'':32}over info_nce, paired: {row.gain}")
+
+
+def run_import(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
+    encoder: str | None = None,
+    pooling: Pooling = "cls",
+) -> None:
+    """Turn a checkpoint of the original SimCSE or Focal-InfoNCE trainer into a model folder.
+
+    Args:
+        checkpoint: The folder the trainer wrote, or its weight file (safetensors, or a pickle
+            that holds tensors only).
+        output: The model folder to write.
+        encoder: Where architecture and tokenizer come from; by default the checkpoint's folder.
+        pooling: Of the training; cls brings the MLP head along.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"output {output} is there already: name a new folder")
+    imported = import_checkpoint(checkpoint, encoder, pooling)
+    try:
+        imported.save_pretrained(output)
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written: {error.strerror}") from None
+    print(f"model: {output} (pooling {pooling})")
+
+
+def _load_tasks(tasks: Sequence[str], senteval: Path | None) -> dict[str, data.SentencePairs]:
+    known = (*data.STS_TASKS, "Lee")
+    if not tasks or not set(tasks) <= set(known):
+        wrong = next((task for task in tasks if task not in known), "")
+        raise InputError(f"unknown task {wrong!r}: choose from {', '.join(known)}")
+    return {
+        task: data.load_lee() if task == "Lee" else data.load_sts(task, folder=senteval)
+        for task in dict.fromkeys(tasks)
+    }
+
+
+def _check_json(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"--json {path} cannot be written: name a file in a folder that exists")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -107,6 +247,7 @@ def run_study(seed: int = 0, figures: Path = Path("figures")) -> None:
     print("\nSpearman x 100 against human judgements (one seed: a difference is no proof)\n")
     print(wide.rename_axis(index=None, columns=None).to_string())
     print(f"\nfigures: {figures}/\nnotebooks: make lab")
+    print("an interval for a difference: fcse compare; over several seeds: fcse report")
 
 
 def run_doctor() -> None:
@@ -139,6 +280,9 @@ def run_doctor() -> None:
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": run_train,
     "evaluate": run_evaluate,
+    "compare": run_compare,
+    "report": run_report,
+    "import": run_import,
     "study": run_study,
     "doctor": run_doctor,
 }

@@ -9,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Okabe & Ito's palette: distinct for every common kind of colour blindness.
 COLOURS = {
@@ -102,6 +103,84 @@ def scores(table: pd.DataFrame) -> Figure:
         )
         axis.set(title=task, ylabel="Spearman × 100")
         axis.margins(x=0.25, y=0.25)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """Every seed's score as a point, the mean of each objective with its interval beside.
+
+    Args:
+        scores: columns "task", "objective" (a key of `NAMES`), "seed", "score" (100 x Spearman).
+        summary: columns "task", "objective", "mean", "low", "high" (NaN draws no bar).
+    """
+    tasks = list(dict.fromkeys(scores["task"]))
+    objectives = list(dict.fromkeys(scores["objective"]))
+    figure, axes = _axes(len(tasks), width=max(3.6, 1.3 * len(objectives)))
+    for axis, task in zip(axes, tasks, strict=True):
+        rows, means = (table[table["task"] == task] for table in (scores, summary))
+        by_seed = rows.pivot_table(index="seed", columns="objective", values="score")
+        axis.plot(by_seed.reindex(columns=objectives).T.to_numpy(), color="0.8", lw=0.8, zorder=1)
+        for x, objective in enumerate(objectives):
+            style = {"color": COLOURS[objective], "marker": _MARKERS[objective]}
+            points = rows.loc[rows["objective"] == objective, "score"]
+            axis.scatter([x] * len(points), points, s=28, alpha=0.6, lw=0, **style)
+            for mean in means[means["objective"] == objective].itertuples():
+                bar = [[mean.mean - mean.low], [mean.high - mean.mean]]
+                bar = None if np.isnan(bar).any() else bar
+                axis.errorbar(x + 0.2, mean.mean, bar, markersize=9, capsize=4, **style)
+        axis.set_xticks(range(len(objectives)), [NAMES[key] for key in objectives])
+        axis.set_xlim(-0.5, len(objectives) - 0.3)
+        axis.set(title=task, ylabel="Spearman × 100")
+    figure.suptitle("small: one seed (lines join equal seeds); large: mean, 95 % interval", size=10)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Published averages and runs beside the spread that 50 seeds of SimCSE have.
+
+    Args:
+        points: columns "backbone", "objective" (a key of `NAMES`), "source" ("published" or a
+            run), "avg" (100 x Spearman, mean of the seven STS tasks).
+        noise: backbone -> "mean", "sd", "min", "max" of the seeds.
+    """
+    backbones = list(dict.fromkeys(points["backbone"]))
+    figure, (axes,) = _axes(width=8, height=1.2 + 0.6 * len(backbones))
+    for y, backbone in enumerate(backbones):
+        if backbone in noise:
+            seeds = noise[backbone]
+            axes.plot([seeds["min"], seeds["max"]], [y, y], color="0.6", lw=1.5, zorder=1)
+            span = [seeds["mean"] - seeds["sd"], seeds["mean"] + seeds["sd"]]
+            axes.plot(span, [y, y], color="0.75", lw=9, solid_capstyle="butt", zorder=1)
+            axes.plot(seeds["mean"], y, "|", color="black", markersize=12, zorder=2)
+        for row in points[points["backbone"] == backbone].itertuples():
+            published = row.source == "published"
+            axes.plot(
+                row.avg,
+                y if published else y + 0.22,
+                _MARKERS[row.objective],
+                color=COLOURS[row.objective],
+                markerfacecolor=COLOURS[row.objective] if published else "white",
+                markersize=9 if published else 7,
+            )
+    axes.set_yticks(range(len(backbones)), backbones)
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="mean Spearman × 100 over the seven STS tasks", ylim=(len(backbones) - 0.4, -0.6)
+    )
+    keys = list(dict.fromkeys(points["objective"]))
+    handles = [
+        Line2D([], [], ls="", marker=_MARKERS[k], color=COLOURS[k], label=f"{NAMES[k]}, published")
+        for k in keys
+    ]
+    handles.append(Line2D([], [], color="0.75", lw=9, label="InfoNCE, 50 seeds: mean ± sd"))
+    handles.append(Line2D([], [], color="0.6", lw=1.5, label="their range"))
+    if (points["source"] != "published").any():
+        handles.append(
+            Line2D([], [], ls="", marker="o", color="black", mfc="white", label="a run (open)")
+        )
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
@@ -221,24 +300,21 @@ def plane(table: pd.DataFrame) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str, diverging: bool) -> Figure:
+def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Figure:
     """Matrices side by side on one colour scale.
 
     Args:
         matrices: title -> (N, N) float.
         label: what a cell holds, with its unit.
-        diverging: centre the scale at 0.
     """
     figure, axes = _axes(len(matrices), width=4.4, height=4.0)
     low = min(x.min() for x in matrices.values())
     high = max(x.max() for x in matrices.values())
-    if diverging:
-        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         sns.heatmap(
             matrix,
             ax=axis,
-            cmap="vlag" if diverging else "cividis",
+            cmap="cividis",
             vmin=low,
             vmax=high,
             square=True,

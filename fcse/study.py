@@ -1,6 +1,5 @@
 """The embedded study: both objectives trained, scored and drawn; what is done is reused."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from fcse import analysis, plots
 from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, senteval_folder
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
-from fcse.evaluation import judge
+from fcse.published import SIMCSE_50_SEEDS
 from fcse.recipes import recipe
+from fcse.report import beside_published, judged
 from fcse.training import TrainConfig, TrainResult, train
 
 OBJECTIVES = ("info_nce", "focal_info_nce")
@@ -54,7 +54,7 @@ def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:
             ("untrained", untrained, folder.with_name(f"untrained-{start}.json")),
             *((o, run.encoder, run.folder / "scores.json") for o, run in runs.items()),
         )
-        for pairs, scores in zip(tasks, _scores(encoder, tasks, path), strict=True)
+        for pairs, scores in zip(tasks, judged(encoder, tasks, path), strict=True)
     ]
     table = pd.DataFrame(rows).rename(columns={"spearman": "score"})
     draw(table, runs, untrained, figures)
@@ -69,17 +69,6 @@ def judged_tasks() -> list[SentencePairs]:
             pairs = load_sts("STSBenchmark", split)
             tasks.append(replace(pairs, name=f"STS-B {split}"))
     return tasks
-
-
-def _scores(
-    encoder: SentenceEncoder, tasks: list[SentencePairs], path: Path
-) -> list[dict[str, float]]:
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    for pairs in tasks:
-        if pairs.name not in known:
-            known[pairs.name] = judge(encoder, pairs)
-    path.write_text(json.dumps(known, indent=1) + "\n")
-    return [known[pairs.name] for pairs in tasks]
 
 
 def draw(
@@ -122,3 +111,6 @@ def draw(
     sim = analysis.batch_similarities(untrained, batch, config.max_length, config.seed)
     deciles = analysis.pull_by_decile(sim, config.temperature, config.m)
     plots.save(plots.pull_by_decile(deciles), deciles, folder / "pull_by_decile")
+
+    points = beside_published()
+    plots.save(plots.beside_published(points, SIMCSE_50_SEEDS), points, folder / "published")

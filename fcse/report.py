@@ -1,0 +1,180 @@
+"""Runs side by side: their scores, over seeds, and beside the published numbers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fcse import published
+from fcse.data import STS_TASKS, SentencePairs
+from fcse.encoder import SentenceEncoder
+from fcse.errors import InputError
+from fcse.evaluation import judge_tasks
+from fcse.losses import effective_modulation
+from fcse.statistics import compare_seeds, summarise_seeds
+
+_NO_SETTING = ("recipe", "objective", "modulate", "seed", "output")
+"""Fields of a config that do not say under which conditions objectives were compared."""
+
+
+def load_runs(folder: Path) -> pd.DataFrame:
+    """The finished runs of a folder, or the one run that the folder itself is.
+
+    Returns:
+        One row a run: "folder" (Path), "objective" (a key of the figures: info_nce,
+        focal_info_nce, or the half of the modulation that was on), "encoder", "seed", "settings"
+        (every other field of the config that is not the same in all of them, "" where all are).
+
+    Raises:
+        InputError: no such folder, no finished run in it, or a run.json that cannot be read.
+    """
+    records = {}
+    if not folder.is_dir():
+        raise InputError(f"no folder of runs at {folder}: train with fcse train, or name another")
+    for path in sorted([*folder.glob("run.json"), *folder.glob("*/run.json")]):
+        try:
+            record = json.loads(path.read_text())
+            if record["finished"]:
+                records[path.parent] = record["config"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is no record of a run: delete that folder") from None
+    if not records:
+        raise InputError(f"{folder} holds no finished run: train with fcse train, or name another")
+    configs = pd.DataFrame(list(records.values()))
+    settings = configs.drop(columns=[*_NO_SETTING], errors="ignore")
+    varying = [name for name in settings if settings[name].astype(str).nunique() > 1]
+    modulated = [
+        effective_modulation(o, m)
+        for o, m in zip(configs["objective"], configs["modulate"], strict=True)
+    ]
+    keys = {"none": "info_nce", "both": "focal_info_nce"}
+    return pd.DataFrame(
+        {
+            "folder": list(records),
+            "objective": [keys.get(m, m) for m in modulated],
+            "encoder": configs["encoder"],
+            "seed": configs["seed"],
+            "settings": [
+                ", ".join(f"{name} {row[name]}" for name in varying)
+                for _, row in settings.iterrows()
+            ],
+        }
+    )
+
+
+def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFrame:
+    """Every run on every task; what was scored once is read from the run's scores.json.
+
+    Args:
+        runs: from `load_runs`.
+        tasks: from `load_sts`, `load_lee`.
+
+    Returns:
+        One row a score: the columns of `runs`, "task", "score" (100 x Spearman), "alignment",
+        "uniformity"; and where all seven STS tasks are among them, their mean as task "avg".
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs.to_dict("records"):
+        scores = judged(run["folder"], tasks, run["folder"] / "scores.json")
+        rows += [run | {"task": p.name, **s} for p, s in zip(tasks, scores, strict=True)]
+        by_task = {p.name: s["spearman"] for p, s in zip(tasks, scores, strict=True)}
+        if by_task.keys() >= set(STS_TASKS):
+            average = sum(by_task[name] for name in STS_TASKS) / len(STS_TASKS)
+            rows.append(run | {"task": "avg", "spearman": average})
+    return pd.DataFrame(rows).rename(columns={"spearman": "score"})
+
+
+def judged(
+    encoder: SentenceEncoder | Path, tasks: Sequence[SentencePairs], path: Path
+) -> list[dict[str, float]]:
+    """`judge_tasks`, each task once: what `path` holds already is not computed again.
+
+    Args:
+        encoder: or the folder of a run, loaded only where something is left to compute.
+        tasks: told apart by their names.
+        path: a JSON file, made or extended.
+
+    Raises:
+        InputError: `path` is no valid JSON or cannot be written.
+    """
+    try:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        missing = [pairs for pairs in tasks if pairs.name not in known]
+        if missing:
+            if isinstance(encoder, Path):
+                encoder = SentenceEncoder.from_pretrained(encoder)
+            scores = judge_tasks(encoder, missing)
+            known |= {pairs.name: s for pairs, s in zip(missing, scores, strict=True)}
+            path.write_text(json.dumps(known, indent=1) + "\n")
+    except json.JSONDecodeError:
+        raise InputError(f"{path} is no valid JSON: delete it to score again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    return [known[pairs.name] for pairs in tasks]
+
+
+def over_seeds(scores: pd.DataFrame, baseline: str = "info_nce") -> pd.DataFrame:
+    """Mean, spread and interval of each objective over its seeds, and its gain over a baseline.
+
+    The gain is paired: over the seeds that both have under the same settings.
+
+    Args:
+        scores: from `score_runs`.
+        baseline: the objective to compare with.
+
+    Returns:
+        One row per settings, task and objective: "seeds", "mean", "sd", "low", "high" (NaN for a
+        single seed), and "gain": a `Comparison`, None for the baseline itself and where fewer than
+        two seeds are common.
+    """
+    rows = []
+    for (settings, task), group in scores.groupby(["settings", "task"], sort=False):
+        by_seed = group.pivot_table(index="seed", columns="objective", values="score")
+        for objective in group["objective"].unique():
+            x = by_seed[objective].dropna()
+            row = {"settings": settings, "task": task, "objective": objective, "seeds": len(x)}
+            row |= {"mean": x.mean(), "gain": None}
+            if len(x) > 1:
+                summary = summarise_seeds(x)
+                row |= {"sd": summary.sd, "low": summary.low, "high": summary.high}
+            if objective != baseline and baseline in by_seed:
+                pairs = by_seed[[baseline, objective]].dropna()
+                if len(pairs) > 1:
+                    row["gain"] = compare_seeds(pairs[baseline], pairs[objective])
+            rows.append(row)
+    columns = ["settings", "task", "objective", "seeds", "mean", "sd", "low", "high", "gain"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def beside_published(scores: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The published averages, and runs with all seven STS tasks, against the noise of 50 seeds.
+
+    Args:
+        scores: from `score_runs`; its "avg" rows are taken.
+
+    Returns:
+        One row a result: "backbone", "objective", "source" (published, or a run's folder name),
+        "avg", and "z": by how many standard deviations of the 50 SimCSE seeds of that backbone it
+        lies above their mean, NaN for a backbone without them.
+    """
+    rows = published.results()
+    if scores is not None:
+        for run in scores[scores["task"] == "avg"].to_dict("records"):
+            backbone = Path(run["encoder"]).name
+            rows.append(
+                {
+                    "backbone": backbone,
+                    "objective": run["objective"],
+                    "source": run["folder"].name,
+                    "avg": run["score"],
+                }
+            )
+    table = pd.DataFrame(rows)
+    noise = published.SIMCSE_50_SEEDS
+    table["z"] = [
+        (avg - noise[b]["mean"]) / noise[b]["sd"] if b in noise else float("nan")
+        for b, avg in zip(table["backbone"], table["avg"], strict=True)
+    ]
+    return table
