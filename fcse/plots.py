@@ -165,9 +165,10 @@ def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, floa
                 markersize=9 if published else 7,
             )
     axes.set_yticks(range(len(backbones)), backbones)
-    axes.invert_yaxis()
     axes.set(
-        xlabel="mean Spearman × 100 over the seven STS tasks", ylim=(len(backbones) - 0.4, -0.6)
+        xlabel="mean Spearman × 100 over the seven STS tasks",
+        ylabel="backbone",
+        ylim=(len(backbones) - 0.4, -0.6),
     )
     keys = list(dict.fromkeys(points["objective"]))
     handles = [

@@ -19,8 +19,16 @@ _NO_SETTING = ("recipe", "objective", "modulate", "seed", "output")
 """Fields of a config that do not say under which conditions objectives were compared."""
 
 
-def load_runs(folder: Path) -> pd.DataFrame:
+_ORDER = ("info_nce", "focal_info_nce", "positive", "negative")
+"""Objectives in the order of tables and pictures: the baseline first."""
+
+
+def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
     """The finished runs of a folder, or the one run that the folder itself is.
+
+    Args:
+        folder: where runs lie side by side; FCSE_RUNS of the training.
+        recipe: keep the runs that started from this one only.
 
     Returns:
         One row a run: "folder" (Path), "objective" (a key of the figures: info_nce,
@@ -30,13 +38,13 @@ def load_runs(folder: Path) -> pd.DataFrame:
     Raises:
         InputError: no such folder, no finished run in it, or a run.json that cannot be read.
     """
-    records = {}
+    records, folder = {}, Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder of runs at {folder}: train with fcse train, or name another")
     for path in sorted([*folder.glob("run.json"), *folder.glob("*/run.json")]):
         try:
             record = json.loads(path.read_text())
-            if record["finished"]:
+            if record["finished"] and recipe in (None, record["config"]["recipe"]):
                 records[path.parent] = record["config"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no record of a run: delete that folder") from None
@@ -50,7 +58,7 @@ def load_runs(folder: Path) -> pd.DataFrame:
         for o, m in zip(configs["objective"], configs["modulate"], strict=True)
     ]
     keys = {"none": "info_nce", "both": "focal_info_nce"}
-    return pd.DataFrame(
+    runs = pd.DataFrame(
         {
             "folder": list(records),
             "objective": [keys.get(m, m) for m in modulated],
@@ -62,6 +70,10 @@ def load_runs(folder: Path) -> pd.DataFrame:
             ],
         }
     )
+    order = runs["objective"].map(_ORDER.index)
+    return runs.assign(order=order).sort_values(["settings", "order", "seed"], ignore_index=True)[
+        list(runs)
+    ]
 
 
 def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Is a difference real: over the pairs of one task, and over the seeds of two objectives."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -189,3 +190,25 @@ def compare_seeds(a: Sequence[float], b: Sequence[float], confidence: float = 0.
         len(a),
         confidence,
     )
+
+
+def seeds_needed(difference: float, sd: float, power: float = 0.8, confidence: float = 0.95) -> int:
+    """Seeds for which a paired t test would see a true difference with probability `power`.
+
+    Exact, by the noncentral t distribution (Cohen 1988, chapter 2).
+
+    Args:
+        difference: the true mean difference, not 0, in points.
+        sd: > 0, standard deviation over seeds of the paired difference, in points.
+        power: between 0 and 1.
+        confidence: of the test, between 0 and 1.
+
+    Raises:
+        InputError: a difference of 0, an sd that is not above 0, or more than 10,000 seeds.
+    """
+    effect = abs(difference) / sd if sd > 0 else 0
+    for n in range(2, 10_001) if effect else ():
+        limit = scipy.stats.t.isf((1 - confidence) / 2, n - 1)
+        if scipy.stats.nct.sf(limit, n - 1, effect * math.sqrt(n)) >= power:
+            return n
+    raise InputError(f"no 10,000 seeds show a difference of {difference} with an sd of {sd}")

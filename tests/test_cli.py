@@ -6,8 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModel
 
 from fcse import cli
+from fcse.data import load_lee
+from fcse.encoder import SentenceEncoder
+from fcse.evaluation import evaluate_lee
+from fcse.report import load_runs, over_seeds, score_runs
 
 FLAGS = [
     *("recipe", "objective", "encoder", "corpus", "temperature", "m", "modulate", "pooling"),
@@ -42,7 +48,10 @@ def tree(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["study"], ["doctor"]])
+COMMANDS = ["train", "evaluate", "compare", "report", "import", "study", "doctor"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help(command, capsys):
     assert run(*command, "--help") == 0
     assert capsys.readouterr().out.startswith("usage: fcse")
@@ -64,6 +73,12 @@ def test_help_shows_the_defaults_of_the_recipe_named(capsys):
 def bad_file(path, content):
     path.write_bytes(content)
     return str(path)
+
+
+def short_gold(folder):
+    folder.mkdir(parents=True)
+    bad_file(folder / "STS.input.MSRpar.txt", b"a b\tc d\n" * 3)
+    bad_file(folder / "STS.gs.MSRpar.txt", b"1\n2\n")
 
 
 BAD = {
@@ -103,6 +118,33 @@ BAD = {
     "json that is a folder": lambda d: ["evaluate", "minilm", "--tasks", "Lee", "--json", str(d)],
     "json folder": lambda d: ["evaluate", "minilm", "--tasks", "Lee", "--json", str(d / "x/y")],
     "senteval folder": lambda d: ["evaluate", "minilm", "--senteval", str(d / "none")],
+    "nothing to compare with": lambda d: ["compare", "minilm"],
+    "no such model to compare": lambda d: ["compare", "minilm", str(d / "none")],
+    "few resamples": lambda d: ["compare", "minilm", "minilm", "--resamples", "3"],
+    "no confidence": lambda d: ["compare", "minilm", "minilm", "--confidence", "95"],
+    "task to compare on": lambda d: ["compare", "minilm", "minilm", "--tasks", "STS99"],
+    "no folder of runs": lambda d: ["report", str(d / "none")],
+    "a folder without runs": lambda d: ["report", str(d)],
+    "a run without record": lambda d: ["report", bad_file(d / "run.json", b"{") and str(d)],
+    "no checkpoint": lambda d: ["import", str(d / "none"), str(d / "model")],
+    "a checkpoint without encoder": lambda d: [
+        "import",
+        bad_file(d / "pytorch_model.bin", b"x"),
+        str(d / "model"),
+    ],
+    "output of an import that is there": lambda d: [
+        "import",
+        str(d / "none"),
+        bad_file(d / "file", b"mine"),
+    ],
+    "a missing year": lambda d: [
+        *("evaluate", "minilm", "--tasks", "STS13", "--senteval"),
+        (d / "downstream/STS/STS12-en-test").mkdir(parents=True) or str(d),
+    ],
+    "gold and input of different length": lambda d: [
+        *("evaluate", "minilm", "--tasks", "STS12", "--senteval"),
+        short_gold(d / "downstream/STS/STS12-en-test") or str(d),
+    ],
     "no STS data": lambda d: ["evaluate", "minilm", "--tasks", "STS12"],
 }
 
@@ -120,6 +162,14 @@ def test_bad_input_is_one_line(case, tmp_path, capsys):
     assert len(last[0]) > 20
     assert captured.out == ""
     assert tree(tmp_path) == before
+
+
+def test_files_at_odds_are_named_with_their_counts(tmp_path, capsys):
+    short_gold(tmp_path / "downstream/STS/STS12-en-test")
+    run("evaluate", "minilm", "--tasks", "STS12", "--senteval", str(tmp_path))
+    message = capsys.readouterr().err
+    assert "STS.gs.MSRpar.txt has 2 lines" in message
+    assert "STS.input.MSRpar.txt has 3" in message
 
 
 def test_train_writes_a_run_reuses_it_and_refuses_another(tiny_model, corpus, tmp_path, capsys):
@@ -148,6 +198,76 @@ def test_evaluate_writes_scores(tmp_path, capsys):
     assert scores["Lee"] == pytest.approx(47.44, abs=0.05)
     assert scores["pooling"] == "cls"
     assert "47.44" in capsys.readouterr().out
+
+
+def test_evaluate_reads_the_pooling_that_a_folder_declares(tiny_model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    encoder = SentenceEncoder.from_pretrained(tiny_model("bert"), "mean")
+    encoder.save_pretrained(folder)
+    path = tmp_path / "scores.json"
+    assert run("evaluate", str(folder), "--tasks", "Lee", "--json", str(path)) == 0
+    assert "pooling mean" in capsys.readouterr().out
+    scores = json.loads(path.read_text())
+    assert scores["pooling"] == "mean"
+    assert scores["Lee"] == pytest.approx(evaluate_lee(encoder))
+    assert run("evaluate", str(folder), "--pooling", "cls", "--tasks", "Lee") == 0
+    assert "pooling cls" in capsys.readouterr().out
+
+
+def test_compare_prints_intervals(tiny_model, tmp_path, capsys):
+    path = tmp_path / "comparison.json"
+    other = str(tiny_model("bert"))
+    assert run("compare", "minilm", other, "--resamples", "200", "--json", str(path)) == 0
+    shown = capsys.readouterr().out
+    result = json.loads(path.read_text())["Lee"]
+    assert result["low"] < result["difference"] < result["high"] < 0
+    assert f"{result['difference']:+.2f} (95 % interval {result['low']:+.2f} to" in shown
+    assert "n = 1225" in shown
+
+
+def test_report_prints_intervals_and_draws(tiny_model, corpus, tmp_path, capsys):
+    for objective in ("info_nce", "focal_info_nce"):
+        for seed in ("0", "1"):
+            arguments = [
+                *("train", "--encoder", str(tiny_model("bert")), "--corpus", corpus),
+                *("--steps", "2", "--batch-size", "8", "--max-length", "16"),
+                *("--objective", objective, "--seed", seed),
+            ]
+            assert run(*arguments) == 0
+    capsys.readouterr()
+    assert run("report", "--figures", str(tmp_path / "figures")) == 0
+    shown = capsys.readouterr().out
+    gain = over_seeds(score_runs(load_runs(tmp_path / "runs"), [load_lee()]))["gain"].iloc[-1]
+    assert f"over info_nce, paired: {gain}" in shown
+    assert "+14.0 sd" in shown
+    drawn = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert drawn == {
+        f"{name}.{suffix}"
+        for name in ("beside_published", "over_seeds_1")
+        for suffix in ("png", "svg", "csv")
+    }
+
+
+def test_report_without_runs_shows_what_is_published(capsys):
+    assert run("report") == 0
+    assert capsys.readouterr().out.count("published") == 8
+
+
+def test_import_makes_a_model_folder(tiny_model, tmp_path, capsys):
+    source = AutoModel.from_pretrained(tiny_model("bert"))
+    state = {f"bert.{name}": x for name, x in source.state_dict().items()}
+    head = torch.nn.Linear(32, 32)
+    state |= {f"mlp.dense.{name}": x.detach() for name, x in head.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    out = tmp_path / "imported"
+    arguments = ["import", str(tmp_path / "pytorch_model.bin"), str(out)]
+    assert run(*arguments, "--encoder", str(tiny_model("roberta"))) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(*arguments, "--encoder", str(tiny_model("bert"))) == 0
+    encoder = SentenceEncoder.from_pretrained(out)
+    assert torch.equal(encoder.head[0].weight, head.weight)
+    assert run("evaluate", str(out), "--tasks", "Lee") == 0
 
 
 def test_evaluate_sts_agrees_with_senteval(tmp_path, senteval):

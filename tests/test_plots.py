@@ -1,5 +1,7 @@
 """Figures: labelled axes, and files that hold the numbers drawn."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,8 @@ import torch
 from matplotlib.colors import to_rgb
 
 from fcse import analysis, plots
+from fcse.published import SIMCSE_50_SEEDS
+from fcse.report import beside_published, over_seeds
 
 SIM = torch.rand(20, 20, generator=torch.Generator().manual_seed(0)).fill_diagonal_(0.9)
 STEPS = pd.DataFrame(
@@ -22,14 +26,34 @@ STEPS = pd.DataFrame(
 SCORES = pd.DataFrame(
     {"encoder": ["untrained", "info_nce"] * 2, "task": ["A", "A", "B", "B"], "score": [1, 2, 3, 4]}
 )
+SEEDS = pd.DataFrame(
+    {
+        "settings": "",
+        "task": "A",
+        "objective": ["info_nce", "info_nce", "focal_info_nce", "focal_info_nce"],
+        "seed": [0, 1, 0, 1],
+        "score": [1.0, 2.0, 2.0, 4.0],
+    }
+)
+RUN = pd.DataFrame(
+    {
+        "folder": [Path("mine")],
+        "encoder": ["roberta-base"],
+        "objective": ["info_nce"],
+        "task": ["avg"],
+        "score": [75.5],
+    }
+)
 FIGURES = {
+    "over_seeds": lambda: plots.over_seeds(SEEDS, over_seeds(SEEDS)),
+    "beside_published": lambda: plots.beside_published(beside_published(RUN), SIMCSE_50_SEEDS),
     "scores": lambda: plots.scores(SCORES),
     "training": lambda: plots.training(STEPS, STEPS),
     "plane": lambda: plots.plane(STEPS),
     "pull_curves": lambda: plots.pull_curves(analysis.curves(), 0.05, 0.3),
     "curve_families": lambda: plots.curve_families({"m": {0.3: analysis.curves()}}),
     "pull_by_decile": lambda: plots.pull_by_decile(analysis.pull_by_decile(SIM)),
-    "similarity_heatmap": lambda: plots.similarity_heatmap({"a": SIM.numpy()}, "cosine", False),
+    "similarity_heatmap": lambda: plots.similarity_heatmap({"a": SIM.numpy()}, "cosine"),
     "similarity_distribution": lambda: plots.similarity_distribution(
         pd.DataFrame({"encoder": "info_nce", "kind": "all", "similarity": SIM.flatten().numpy()})
     ),
@@ -69,3 +93,20 @@ def test_objectives_differ_in_colour_and_in_lightness_or_mark():
     distance = np.abs(colours[:, None] - colours[None]).sum(-1) + 10 * np.eye(len(colours))
     assert distance.min() > 0.3
     assert len(set(plots._MARKERS.values())) == len(plots.COLOURS) == len(plots.NAMES)
+
+
+def test_intervals_are_drawn_where_they_belong():
+    summary = over_seeds(SEEDS)
+    (axes,) = plots.over_seeds(SEEDS, summary).axes
+    bars = [c.get_segments()[0][:, 1] for c in axes.collections if hasattr(c, "get_segments")]
+    np.testing.assert_allclose(bars, summary[["low", "high"]])
+    points = [c.get_offsets() for c in axes.collections if not hasattr(c, "get_segments")]
+    np.testing.assert_allclose(np.sort(np.concatenate(points)[:, 1]), [1, 2, 2, 4])
+
+
+def test_a_run_stands_in_the_row_of_its_backbone():
+    points = beside_published(RUN)
+    (axes,) = plots.beside_published(points, SIMCSE_50_SEEDS).axes
+    rows = dict(zip([t.get_text() for t in axes.get_yticklabels()], axes.get_yticks(), strict=True))
+    run = [line for line in axes.lines if list(line.get_xdata()) == [75.5]]
+    assert [line.get_ydata()[0] for line in run] == [pytest.approx(rows["roberta-base"], abs=0.3)]

@@ -6,9 +6,17 @@ import scipy.stats
 
 from fcse import published
 from fcse.data import SentencePairs
+from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import aggregate_spearman, subset_scores
-from fcse.statistics import compare_seeds, compare_similarities, summarise_seeds
+from fcse.statistics import (
+    compare,
+    compare_seeds,
+    compare_similarities,
+    compare_tasks,
+    seeds_needed,
+    summarise_seeds,
+)
 
 
 @pytest.fixture
@@ -40,6 +48,94 @@ def test_no_difference_is_not_claimed(gold):
 def test_an_encoder_against_itself(gold):
     same = compare_similarities(gold, gold, gold, resamples=100)
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_bootstrap_equals_a_plain_loop(gold):
+    # Judgements of a few levels: ties are what a short cut for ranks would get wrong.
+    gold = np.round(gold)
+    a, b = noisy(gold, 3, 1).round(1), noisy(gold, 2, 2).round(1)
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(1000):
+        rows = rng.integers(0, len(gold), len(gold))
+        scores = [scipy.stats.spearmanr(x[rows], gold[rows]).statistic for x in (a, b)]
+        drawn.append(100 * (scores[1] - scores[0]))
+    result = compare_similarities(a, b, gold, resamples=1000, confidence=0.9)
+    whole = [scipy.stats.spearmanr(x, gold).statistic for x in (a, b)]
+    assert result.difference == pytest.approx(100 * (whole[1] - whole[0]))
+    # Two independent bootstraps of 1,000 draws: their ends agree within a tenth of the width.
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    assert result.low == pytest.approx(low, abs=0.1 * (high - low))
+    assert result.high == pytest.approx(high, abs=0.1 * (high - low))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    # Pairs drawn from a population whose difference is known from a large sample.
+    def population(n, seed):
+        rng = np.random.default_rng(seed)
+        gold = rng.normal(size=n)
+        return gold + rng.normal(size=n), gold + 0.8 * rng.normal(size=n), gold
+
+    truth = compare_similarities(*population(200_000, 0), resamples=100).difference
+    results = [compare_similarities(*population(150, s), 300, 0.9) for s in range(1, 101)]
+    held = sum(r.low <= truth <= r.high for r in results)
+    assert 80 <= held <= 98  # 90 expected, three standard deviations of 3 either way
+
+
+def test_encoders_are_compared_on_the_pairs_of_each_task(tiny_model, minilm, sentences):
+    other = SentenceEncoder.from_pretrained(tiny_model("bert"))
+    rng = np.random.default_rng(0)
+    tasks = [
+        SentencePairs(
+            name, sentences[i : i + n], sentences[50 : 50 + n], rng.normal(size=n), 5.0, [name] * n
+        )
+        for name, i, n in (("A", 0, 30), ("B", 100, 20))
+    ]
+    first, second, mean = compare_tasks(minilm, other, tasks, resamples=200)
+    for result, pairs in ((first, tasks[0]), (second, tasks[1])):
+        plain = [
+            100
+            * scipy.stats.spearmanr(
+                (e.encode(pairs.left, normalize=True) * e.encode(pairs.right, normalize=True)).sum(
+                    1
+                ),
+                pairs.gold,
+            ).statistic
+            for e in (minilm, other)
+        ]
+        assert result.difference == pytest.approx(plain[1] - plain[0], abs=1e-3)
+        assert result.n == len(pairs)
+    assert mean.difference == pytest.approx((first.difference + second.difference) / 2)
+    assert mean.n == 50
+    # Resampled by itself, each task adds its own share of noise to the mean.
+    widths = [r.high - r.low for r in (first, second)]
+    assert mean.high - mean.low == pytest.approx(np.hypot(*widths) / 2, rel=0.25)
+    assert compare(minilm, other, tasks[0], resamples=200) == first
+
+
+@pytest.mark.parametrize(("difference", "sd"), [(1, 1), (-0.5, 1), (2, 1.5)])
+def test_seeds_needed_by_simulation(difference, sd):
+    n = seeds_needed(difference, sd)
+    rng = np.random.default_rng(0)
+
+    def power(n):
+        drawn = rng.normal(difference, sd, (20_000, n))
+        return (scipy.stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean()
+
+    assert power(n) > 0.79
+    assert power(n - 1) < 0.81
+
+
+@pytest.mark.parametrize(("difference", "sd"), [(0, 1), (1, 0), (1e-4, 1)])
+def test_seeds_without_number_are_refused(difference, sd):
+    with pytest.raises(InputError, match="seeds"):
+        seeds_needed(difference, sd)
+
+
+@pytest.mark.parametrize(("resamples", "confidence"), [(99, 0.95), (100, 0), (100, 1), (0, 0.5)])
+def test_bad_bootstraps_are_refused(gold, resamples, confidence):
+    with pytest.raises(InputError, match=r"resamples|confidence"):
+        compare_similarities(gold, gold, gold, resamples, confidence)
 
 
 def test_the_interval_names_its_numbers(gold):
@@ -93,6 +189,14 @@ def test_published_gains_against_seed_noise():
     table = published.gains().set_index("backbone")
     base = table.loc["bert-base-uncased"]
     assert base["gain"] == pytest.approx(77.32 - 76.25)
+    assert base["gain_z"] == pytest.approx((77.32 - 76.25) / 0.844)
     assert base["focal_infonce_z"] == pytest.approx((77.32 - 75.107) / 0.844)
     assert table["min"].lt(table["mean"]).all()
     assert table["mean"].lt(table["max"]).all()
+
+
+def test_published_tasks_average_to_the_published_mean():
+    for backbone, tasks in published.FOCAL_INFONCE_TASKS.items():
+        assert np.mean(list(tasks.values())) == pytest.approx(
+            published.FOCAL_INFONCE[backbone], abs=0.005
+        )
