@@ -1,6 +1,7 @@
 """What a loss does to a batch, and what training did to a space: numbers behind the pictures."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,21 @@ from torch import Tensor
 from fcse import losses
 from fcse.encoder import SentenceEncoder
 from fcse.losses import Modulate, Objective
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "info_nce": {"objective": "info_nce"},
+    "focal_info_nce": {"objective": "focal_info_nce"},
+    "positive": {"modulate": "positive"},
+    "negative": {"modulate": "negative"},
+    "stop_gradient": {"stop_gradient": True},
+    "hardness_info_nce": {"objective": "hardness_info_nce"},
+}
+"""Key of the figures -> what sets it apart among the arguments of `losses.gradient_weights`."""
+
+ALPHA = 9.0
+"""The hardness weight of Lan et al. 2025, in tables and curves."""
+
+Pulls = tuple[np.ndarray, np.ndarray]
 
 
 def batch_similarities(
@@ -45,8 +61,7 @@ def curves(
 
     Args:
         temperature, m: as in `losses.logits`.
-        objectives: keys out of "info_nce", "focal_info_nce", "positive", "negative" (the halves of
-            the modulation).
+        objectives: keys out of `VARIANTS`.
         points: how many values of s.
 
     Returns:
@@ -58,7 +73,7 @@ def curves(
     sim = torch.cat([torch.diag(s)] * 2, dim=1).requires_grad_()
     frames = []
     for key in objectives:
-        logit = losses.logits(sim, temperature, m, modulation(key))
+        logit = losses.logits(sim, temperature, m, **logit_arguments(key))
         (slope,) = torch.autograd.grad(logit.sum(), sim)
         columns = {"objective": key, "similarity": s.numpy()}
         for prefix, diagonal in (("", points), ("positive_", 0)):
@@ -68,59 +83,76 @@ def curves(
     return pd.concat(frames, ignore_index=True)
 
 
-def modulation(key: str) -> Modulate:
-    """The `modulate` behind a key of the figures: an objective, or a half of the modulation."""
-    return {"info_nce": "none", "focal_info_nce": "both"}.get(key, key)
+def logit_arguments(key: str) -> dict[str, Any]:
+    """What `losses.logits` takes for a key of `VARIANTS`."""
+    arguments = {"modulate": "both"} | VARIANTS[key]
+    objective = arguments.pop("objective", "focal_info_nce")
+    modulate = losses.effective_modulation(objective, arguments["modulate"])
+    alpha = {"alpha": ALPHA} if objective == "hardness_info_nce" else {}
+    return arguments | {"modulate": modulate} | alpha
 
 
-def negative_pulls(
-    sim: Tensor,
-    objective: Objective = "focal_info_nce",
-    temperature: float = 0.05,
-    m: float = 0.3,
-    modulate: Modulate = "both",
-) -> tuple[np.ndarray, np.ndarray]:
+def negative_pulls(sim: Tensor, objective: Objective = "focal_info_nce", **loss: Any) -> Pulls:
     """Similarity of every negative of a batch and dL/ds of its anchor's own loss.
+
+    Args:
+        sim: (N, M) float, positives on the diagonal.
+        objective: the loss.
+        loss: its parameters, as in `losses.gradient_weights`.
 
     Returns:
         similarities, pulls: (N * (M - 1),) float each, row by row. A pull is N times the entry of
         `losses.gradient_weights`: that of one row, before the mean.
     """
-    weights = len(sim) * losses.gradient_weights(sim, objective, temperature, m, modulate)
+    weights = len(sim) * losses.gradient_weights(sim, objective, **loss)
     negative = ~torch.eye(*sim.shape, dtype=torch.bool)
     return sim[negative].numpy(), weights[negative].numpy()
 
 
-def pull_by_decile(
-    sim: Tensor, temperature: float = 0.05, m: float = 0.3, modulate: Modulate = "both"
-) -> pd.DataFrame:
-    """How the pull on negatives spreads over deciles of similarity, for both objectives.
+def decile_shares(sim: Tensor, **loss: Any) -> np.ndarray:
+    """Share of the absolute pull on all negatives that each tenth of them gets: (10,), sums to 1.
 
     Args:
         sim: (N, M) float, positives on the diagonal.
-        temperature, m, modulate: as in `losses.logits`.
+        loss: as in `negative_pulls`. Tenths run from the least similar to the hardest.
+    """
+    s, pull = negative_pulls(sim, **loss)
+    pull = np.abs(pull)[np.argsort(s, kind="stable")]
+    return np.array([tenth.sum() for tenth in np.array_split(pull, 10)]) / pull.sum()
+
+
+def pull_by_decile(
+    sim: Tensor,
+    temperature: float = 0.05,
+    m: float = 0.3,
+    objectives: Sequence[str] = ("info_nce", "focal_info_nce"),
+) -> pd.DataFrame:
+    """How the pull on negatives spreads over deciles of similarity, for several losses.
+
+    Args:
+        sim: (N, M) float, positives on the diagonal.
+        temperature, m: as in `losses.logits`.
+        objectives: keys out of `VARIANTS`.
 
     Returns:
         Columns "objective", "decile" (1 to 10, 10 = most similar), "share" (of the absolute pull
         on all negatives, 0 to 1), "similarity" (mean in the decile).
     """
-    frames = []
-    for objective in ("info_nce", "focal_info_nce"):
-        s, pull = negative_pulls(sim, objective, temperature, m, modulate)
-        by_hardness = np.argsort(s, kind="stable")
-        tenths = np.array_split(by_hardness, 10)
-        pull = np.abs(pull)
-        frames.append(
+    s = np.sort(sim[~torch.eye(*sim.shape, dtype=torch.bool)].numpy())
+    return pd.concat(
+        [
             pd.DataFrame(
                 {
-                    "objective": objective,
+                    "objective": key,
                     "decile": range(1, 11),
-                    "similarity": [s[rows].mean() for rows in tenths],
-                    "share": [pull[rows].sum() / pull.sum() for rows in tenths],
+                    "similarity": [tenth.mean() for tenth in np.array_split(s, 10)],
+                    "share": decile_shares(sim, temperature=temperature, m=m, **VARIANTS[key]),
                 }
             )
-        )
-    return pd.concat(frames, ignore_index=True)
+            for key in objectives
+        ],
+        ignore_index=True,
+    )
 
 
 def hardest_share(
@@ -132,7 +164,7 @@ def hardest_share(
     fraction: float = 0.1,
 ) -> float:
     """Share of the absolute pull on negatives that the hardest `fraction` of them get: 0 to 1."""
-    s, pull = negative_pulls(sim, objective, temperature, m, modulate)
+    s, pull = negative_pulls(sim, objective, temperature=temperature, m=m, modulate=modulate)
     hardest = np.argsort(-s, kind="stable")[: round(fraction * len(s))]
     return float(np.abs(pull[hardest]).sum() / np.abs(pull).sum())
 
@@ -150,7 +182,7 @@ def ranked_negatives(
     i, j = np.nonzero(~np.eye(n, dtype=bool))
     columns = {"similarity": sim.numpy()[i, j]}
     for objective in ("info_nce", "focal_info_nce"):
-        columns[objective] = negative_pulls(sim, objective, temperature, m)[1]
+        columns[objective] = negative_pulls(sim, objective, temperature=temperature, m=m)[1]
     columns["anchor"] = [sentences[k] for k in i]
     columns["negative"] = [sentences[k] for k in j]
     table = pd.DataFrame(columns)
@@ -187,7 +219,7 @@ def below_resting_point(
     """
     rows = []
     for m in m_values:
-        s, pull = negative_pulls(sim, "focal_info_nce", temperature, m)
+        s, pull = negative_pulls(sim, temperature=temperature, m=m)
         rows.append(
             {
                 "m": m,

@@ -5,7 +5,8 @@ anchor u_i, column j < N is the view v_j of sentence j, so positives lie on the 
 from N on are further negatives. Half precision is computed in float32, float64 stays float64.
 
 Sources: InfoNCE as in SimCSE (Gao et al. 2021, equation 4); Focal-InfoNCE as in Hou & Li 2023
-(arXiv 2310.06918, section 3) and their code: gradients flow through the modulation.
+(arXiv 2310.06918, section 3) and their code: gradients flow through the modulation; the
+hardness-weighted softmax as in Lan et al. 2025 (arXiv 2503.04812, equation 5).
 """
 
 import math
@@ -15,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Objective = Literal["info_nce", "focal_info_nce"]
+Objective = Literal["info_nce", "focal_info_nce", "hardness_info_nce"]
 Modulate = Literal["both", "positive", "negative", "none"]
 
 
-def check_parameters(temperature: float, m: float, modulate: str) -> None:
-    """Raise ValueError unless temperature > 0, m is finite and `modulate` is known."""
+def check_parameters(temperature: float, m: float, modulate: str, alpha: float = 0.0) -> None:
+    """Raise ValueError unless temperature > 0, m is finite, alpha >= 0, `modulate` is known."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
     if not math.isfinite(m):
         raise ValueError(f"m must be a finite number, got {m}")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
     if modulate not in get_args(Modulate):
         raise ValueError(
             f"unknown modulate {modulate!r}: choose from {', '.join(get_args(Modulate))}"
@@ -66,18 +69,28 @@ def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
 
 
 def logits(
-    sim: Tensor, temperature: float = 0.05, m: float = 0.3, modulate: Modulate = "both"
+    sim: Tensor,
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+    stop_gradient: bool = False,
+    alpha: float = 0.0,
 ) -> Tensor:
-    """The logits that the softmax of a row sees: s/tau, or the modulated form.
+    """The logits that the softmax of a row sees: s/tau, or a form that weighs hardness.
 
     Modulated positives are s * s / tau, modulated negatives s * (s + m) / tau (Hou & Li 2023,
-    section 3). `modulate` says which of the two parts is on; "none" is plain InfoNCE.
+    section 3). `modulate` says which of the two parts is on; "none" is plain InfoNCE. A hardness
+    weight adds alpha * s to each negative, as a constant (Lan et al. 2025, equation 5).
 
     Args:
         sim: (N, M) float, cosine similarities, positives on the diagonal.
         temperature: tau > 0.
         m: shift of the negatives' modulation; the resting point of a negative is s = -m/2.
         modulate: "both", "positive", "negative" or "none".
+        stop_gradient: take the modulating factors, s and s + m, as constants: the logits stay,
+            but their slopes fall to s and s + m, and the resting point moves to s = -m. The
+            authors' code does not.
+        alpha: >= 0, the hardness weight; 0 adds nothing.
 
     Returns:
         (N, M) float32 (float64 for float64 input).
@@ -85,15 +98,23 @@ def logits(
     Raises:
         ValueError: a parameter or the shape of `sim` is out of range.
     """
-    check_parameters(temperature, m, modulate)
+    check_parameters(temperature, m, modulate, alpha)
     sim = _check_similarities(sim)
-    positive = sim * sim if modulate in ("both", "positive") else sim
-    negative = sim * (sim + m) if modulate in ("both", "negative") else sim
-    return torch.where(_positives(sim), positive, negative) / temperature
+    factor = sim.detach() if stop_gradient else sim
+    positive = sim * factor if modulate in ("both", "positive") else sim
+    negative = sim * (factor + m) if modulate in ("both", "negative") else sim
+    rows = torch.where(_positives(sim), positive, negative) / temperature
+    if alpha:
+        rows = rows + alpha * sim.detach().masked_fill(_positives(sim), 0)
+    return rows
 
 
 def focal_info_nce(
-    sim: Tensor, temperature: float = 0.05, m: float = 0.3, modulate: Modulate = "both"
+    sim: Tensor,
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+    stop_gradient: bool = False,
 ) -> Tensor:
     """Focal-InfoNCE: cross-entropy of the modulated logits, mean over rows (Hou & Li 2023).
 
@@ -102,7 +123,21 @@ def focal_info_nce(
     Returns:
         () float32 (float64 for float64 input).
     """
-    rows = logits(sim, temperature, m, modulate)
+    return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient))
+
+
+def hardness_info_nce(sim: Tensor, temperature: float = 0.05, alpha: float = 9.0) -> Tensor:
+    """InfoNCE with a hardness-weighted softmax: alpha * stop_gradient(s) on each negative logit.
+
+    Lan et al. 2025 (arXiv 2503.04812, equation 5), alpha = 9 there; what sentence-transformers
+    offers as `hardness_mode="in_batch_negatives"`. It moves the softmax towards hard negatives
+    and leaves the slope of every logit at 1/tau. With alpha 0 it equals `info_nce`. Arguments,
+    result and errors as in `focal_info_nce`.
+    """
+    return _cross_entropy(logits(sim, temperature, modulate="none", alpha=alpha))
+
+
+def _cross_entropy(rows: Tensor) -> Tensor:
     return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device))
 
 
@@ -115,7 +150,7 @@ def info_nce(sim: Tensor, temperature: float = 0.05) -> Tensor:
 
 
 def effective_modulation(objective: Objective, modulate: Modulate) -> Modulate:
-    """The part of the modulation an objective applies: InfoNCE applies none.
+    """The part of the modulation an objective applies: only Focal-InfoNCE applies any.
 
     Raises:
         ValueError: unknown objective.
@@ -124,7 +159,25 @@ def effective_modulation(objective: Objective, modulate: Modulate) -> Modulate:
         raise ValueError(
             f"unknown objective {objective!r}: choose from {', '.join(get_args(Objective))}"
         )
-    return "none" if objective == "info_nce" else modulate
+    return modulate if objective == "focal_info_nce" else "none"
+
+
+def loss(
+    sim: Tensor,
+    objective: Objective = "focal_info_nce",
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+    stop_gradient: bool = False,
+    alpha: float = 9.0,
+) -> Tensor:
+    """The loss of a batch by the name of its objective; the others' parameters are ignored.
+
+    Arguments as in `gradient_weights`; result and errors as in `focal_info_nce`.
+    """
+    modulate = effective_modulation(objective, modulate)
+    alpha = alpha if objective == "hardness_info_nce" else 0.0
+    return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient, alpha))
 
 
 def gradient_weights(
@@ -133,31 +186,38 @@ def gradient_weights(
     temperature: float = 0.05,
     m: float = 0.3,
     modulate: Modulate = "both",
+    stop_gradient: bool = False,
+    alpha: float = 9.0,
 ) -> Tensor:
     """The closed form of dL/dsim: how hard, and which way, the loss pulls on each similarity.
 
     With p the softmax of a row's logits and y the one-hot diagonal, dL/ds_ij is
     (p_ij - y_ij) * slope_ij / (N tau). The slope is 1 where nothing is modulated, 2 s for a
-    modulated positive and 2 s + m for a modulated negative. A negative entry raises the
-    similarity under gradient descent, a positive one lowers it: a modulated negative with
-    s < -m/2 is drawn *towards* the anchor.
+    modulated positive and 2 s + m for a modulated negative; s and s + m with `stop_gradient`. A
+    negative entry raises the similarity under gradient descent, a positive one lowers it: a
+    modulated negative with s < -m/2 is drawn *towards* the anchor. The hardness weight acts
+    through p alone.
 
     Args:
         sim: (N, M) float, cosine similarities, positives on the diagonal.
-        objective: "info_nce" or "focal_info_nce".
-        temperature, m, modulate: as in `logits`.
+        objective: "info_nce", "focal_info_nce" or "hardness_info_nce".
+        temperature, m: as in `logits`.
+        modulate, stop_gradient: as in `logits`, for focal_info_nce.
+        alpha: as in `logits`, for hardness_info_nce.
 
     Returns:
         (N, M) float32 (float64 for float64 input), equal to autograd of the loss; the mean over
         rows puts a factor 1/N on each entry.
     """
     modulate = effective_modulation(objective, modulate)
-    p = logits(sim, temperature, m, modulate).softmax(dim=1)
+    alpha = alpha if objective == "hardness_info_nce" else 0.0
+    p = logits(sim, temperature, m, modulate, stop_gradient, alpha).softmax(dim=1)
     sim, positives = _full_precision(sim), _positives(sim)
     one = torch.ones_like(sim)
+    own = 0 if stop_gradient else sim  # the factor's share of the slope
     slope = torch.where(
         positives,
-        2 * sim if modulate in ("both", "positive") else one,
-        2 * sim + m if modulate in ("both", "negative") else one,
+        sim + own if modulate in ("both", "positive") else one,
+        sim + own + m if modulate in ("both", "negative") else one,
     )
     return (p - positives.to(p.dtype)) * slope / (len(sim) * temperature)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,8 @@ COLOURS = {
     "focal_info_nce": "#D55E00",
     "positive": "#009E73",
     "negative": "#CC79A7",
+    "stop_gradient": "#56B4E9",
+    "hardness_info_nce": "#E69F00",
 }
 NAMES = {
     "untrained": "untrained",
@@ -25,6 +28,8 @@ NAMES = {
     "focal_info_nce": "Focal-InfoNCE",
     "positive": "positives only",
     "negative": "negatives only",
+    "stop_gradient": "stop-gradient",
+    "hardness_info_nce": "hardness-weighted",
 }
 # Marker and dash repeat what the colour says, for print in grey.
 _MARKERS = {
@@ -33,6 +38,8 @@ _MARKERS = {
     "focal_info_nce": "D",
     "positive": "^",
     "negative": "v",
+    "stop_gradient": "P",
+    "hardness_info_nce": "X",
 }
 _DASHES = {
     "untrained": ":",
@@ -40,6 +47,8 @@ _DASHES = {
     "focal_info_nce": "-",
     "positive": "-.",
     "negative": "-.",
+    "stop_gradient": (0, (5, 1, 1, 1, 1, 1)),
+    "hardness_info_nce": (0, (1, 1)),
 }
 
 STYLE = {
@@ -63,7 +72,7 @@ def _axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Fi
     return figure, list(axes[0])
 
 
-def _line(key: str) -> dict[str, str]:
+def _line(key: str) -> dict[str, Any]:
     return {"color": COLOURS[key], "label": NAMES[key], "linestyle": _DASHES[key]}
 
 

@@ -2,25 +2,23 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fcse import published
+from fcse.analysis import VARIANTS
 from fcse.data import STS_TASKS, SentencePairs
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge_tasks
-from fcse.losses import effective_modulation
 from fcse.statistics import compare_seeds, summarise_seeds
+from fcse.training import TrainConfig
 
-_NO_SETTING = ("recipe", "objective", "modulate", "seed", "output")
+_NO_SETTING = ("recipe", "objective", "modulate", "stop_gradient", "seed", "output")
 """Fields of a config that do not say under which conditions objectives were compared."""
-
-
-_ORDER = ("info_nce", "focal_info_nce", "positive", "negative")
-"""Objectives in the order of tables and pictures: the baseline first."""
 
 
 def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
@@ -31,9 +29,9 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
         recipe: keep the runs that started from this one only.
 
     Returns:
-        One row a run: "folder" (Path), "objective" (a key of the figures: info_nce,
-        focal_info_nce, or the half of the modulation that was on), "encoder", "seed", "settings"
-        (every other field of the config that is not the same in all of them, "" where all are).
+        One row a run: "folder" (Path), "objective" (a key of `analysis.VARIANTS`), "encoder",
+        "seed", "settings" (every other field of the config that is not the same in all of them, ""
+        where all are).
 
     Raises:
         InputError: no such folder, no finished run in it, or a run.json that cannot be read.
@@ -45,23 +43,18 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
         try:
             record = json.loads(path.read_text())
             if record["finished"] and recipe in (None, record["config"]["recipe"]):
-                records[path.parent] = record["config"]
+                records[path.parent] = TrainConfig(**record["config"])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no record of a run: delete that folder") from None
     if not records:
         raise InputError(f"{folder} holds no finished run: train with fcse train, or name another")
-    configs = pd.DataFrame(list(records.values()))
-    settings = configs.drop(columns=[*_NO_SETTING], errors="ignore")
+    configs = pd.DataFrame([asdict(config) for config in records.values()])
+    settings = configs.drop(columns=[*_NO_SETTING])
     varying = [name for name in settings if settings[name].astype(str).nunique() > 1]
-    modulated = [
-        effective_modulation(o, m)
-        for o, m in zip(configs["objective"], configs["modulate"], strict=True)
-    ]
-    keys = {"none": "info_nce", "both": "focal_info_nce"}
     runs = pd.DataFrame(
         {
             "folder": list(records),
-            "objective": [keys.get(m, m) for m in modulated],
+            "objective": [config.key for config in records.values()],
             "encoder": configs["encoder"],
             "seed": configs["seed"],
             "settings": [
@@ -70,7 +63,7 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
             ],
         }
     )
-    order = runs["objective"].map(_ORDER.index)
+    order = runs["objective"].map(list(VARIANTS).index)
     return runs.assign(order=order).sort_values(["settings", "order", "seed"], ignore_index=True)[
         list(runs)
     ]

@@ -39,7 +39,8 @@ class TrainConfig:
     recipe: str | None = None
     """Name of the recipe the other fields started from; a label, see `fcse.recipes`."""
     objective: losses.Objective = "focal_info_nce"
-    """The loss: info_nce (SimCSE) or focal_info_nce (Hou & Li 2023)."""
+    """The loss: info_nce (SimCSE), focal_info_nce (Hou & Li 2023) or hardness_info_nce (Lan et al.
+    2025)."""
     encoder: str | Path = "minilm"
     """Where to start: minilm (packaged), a model folder, or a hub name."""
     corpus: str | Path = "wiki-mini"
@@ -50,6 +51,10 @@ class TrainConfig:
     """Shift of the negatives' modulation s * (s + m); used by focal_info_nce only."""
     modulate: losses.Modulate = "both"
     """Which logits focal_info_nce modulates: both, positive, negative or none."""
+    stop_gradient: bool = False
+    """Take focal_info_nce's modulating factors as constants; the authors do not."""
+    alpha: float = 9.0
+    """Hardness weight >= 0 of hardness_info_nce."""
     pooling: Pooling = "cls"
     """How tokens become a sentence vector: cls, mean, mean_first_last or mean_top2."""
     batch_size: int = 64
@@ -84,7 +89,7 @@ class TrainConfig:
                     f"choose from {', '.join(get_args(choices))}"
                 )
         try:
-            losses.check_parameters(self.temperature, self.m, self.modulate)
+            losses.check_parameters(self.temperature, self.m, self.modulate, self.alpha)
         except ValueError as error:
             raise InputError(str(error)) from None
         for name, least in (
@@ -116,11 +121,19 @@ class TrainConfig:
     @property
     def name(self) -> str:
         """A folder name that is the same for equal identities only."""
-        modulate = losses.effective_modulation(self.objective, self.modulate)
-        part = "" if modulate in ("none", "both") else f"-{modulate}"
         identity = json.dumps(self.identity, sort_keys=True).encode()
         digest = hashlib.sha256(identity).hexdigest()[:8]
-        return f"{self.objective}{part}-seed{self.seed}-{digest}"
+        return f"{self.key}-seed{self.seed}-{digest}"
+
+    @property
+    def key(self) -> str:
+        """What figures and tables call this loss: a key of `analysis.VARIANTS`."""
+        modulate = losses.effective_modulation(self.objective, self.modulate)
+        if self.objective != "focal_info_nce" or modulate == "none":
+            return "info_nce" if self.objective == "focal_info_nce" else self.objective
+        if self.stop_gradient:
+            return "stop_gradient"
+        return "focal_info_nce" if modulate == "both" else modulate
 
     @property
     def folder(self) -> Path:
@@ -215,7 +228,6 @@ def _train(
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.steps)
     encoder, optimizer, schedule = accelerator.prepare(encoder, optimizer, schedule)
-    modulate = losses.effective_modulation(config.objective, config.modulate)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     folder.start()
@@ -228,7 +240,15 @@ def _train(
         with autocast, speed.cheap_dropout_in(encoder.backbone):
             u, v = encoder(encoder.tokenize(batch, config.max_length))
         sim = losses.similarity_matrix(u, v)
-        loss = losses.focal_info_nce(sim, config.temperature, config.m, modulate)
+        loss = losses.loss(
+            sim,
+            config.objective,
+            config.temperature,
+            config.m,
+            config.modulate,
+            config.stop_gradient,
+            config.alpha,
+        )
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
 

@@ -99,14 +99,20 @@ class AblationPanel:
         temperature, m, modulate = self.temperature.value, self.m.value, self.modulate.value
         negatives = modulate in ("both", "negative")
         s = np.linspace(-1, 1, 201)
-        deciles = analysis.pull_by_decile(self.sim, temperature, m, modulate)
+        shares = {
+            "info_nce": analysis.decile_shares(
+                self.sim, objective="info_nce", temperature=temperature
+            ),
+            "focal_info_nce": analysis.decile_shares(
+                self.sim, temperature=temperature, m=m, modulate=modulate
+            ),
+        }
         self._canvas.restore_region(self._background)
         for key, (of_logit, of_slope, bars) in self._curves.items():
             modulated = negatives and key == "focal_info_nce"
             of_logit.set_data(s, (s * (s + m) if modulated else s) / temperature)
             of_slope.set_data(s, (2 * s + m if modulated else np.ones_like(s)) / temperature)
-            shares = deciles.loc[deciles["objective"] == key, "share"]
-            for bar, share in zip(bars, shares, strict=True):
+            for bar, share in zip(bars, shares[key], strict=True):
                 bar.set_height(100 * share)
             for artist in (of_logit, of_slope, *bars):
                 artist.axes.draw_artist(artist)

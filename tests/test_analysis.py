@@ -51,6 +51,7 @@ def test_ranked_negatives_name_the_right_sentences(sim):
         ("positive", lambda s: s * s, lambda s: s),
         ("negative", lambda s: s, lambda s: s * (s + 0.4)),
         ("focal_info_nce", lambda s: s * s, lambda s: s * (s + 0.4)),
+        ("hardness_info_nce", lambda s: s, lambda s: s * (1 + 0.1 * analysis.ALPHA)),
     ],
 )
 def test_curves_are_the_formulas(key, positive, negative):
@@ -59,6 +60,8 @@ def test_curves_are_the_formulas(key, positive, negative):
     np.testing.assert_allclose(table["logit"], negative(s) / 0.1, atol=1e-12)
     np.testing.assert_allclose(table["positive_logit"], positive(s) / 0.1, atol=1e-12)
     step = 1e-6
+    if key == "hardness_info_nce":
+        negative = positive  # the weight is a constant to the gradient
     for column, formula in (("slope", negative), ("positive_slope", positive)):
         slope = (formula(s + step) - formula(s - step)) / (2 * step) / 0.1
         np.testing.assert_allclose(table[column], slope, atol=1e-6)

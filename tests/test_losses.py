@@ -9,8 +9,10 @@ from fcse.losses import (
     effective_modulation,
     focal_info_nce,
     gradient_weights,
+    hardness_info_nce,
     info_nce,
     logits,
+    loss,
     similarity_matrix,
 )
 
@@ -277,3 +279,75 @@ def test_shapes_that_are_no_batch_are_refused(shape):
 def test_similarity_of_unlike_shapes_is_refused(left, right):
     with pytest.raises(ValueError, match="u and v must be"):
         similarity_matrix(torch.zeros(left), torch.zeros(right))
+
+
+@pytest.mark.parametrize("modulate", MODULATES)
+@pytest.mark.parametrize(("temperature", "m"), PARAMETERS)
+def test_stop_gradient_keeps_the_loss_and_changes_the_slopes(modulate, temperature, m):
+    sim = torch.tensor(similarities(6, 11), requires_grad=True)
+    stopped = focal_info_nce(sim, temperature, m, modulate, stop_gradient=True)
+    assert torch.equal(stopped, focal_info_nce(sim, temperature, m, modulate))
+    (gradient,) = torch.autograd.grad(stopped, sim)
+    rows = logits_by_hand(sim.detach().numpy(), temperature, m, modulate)
+    p = np.exp(rows - rows.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    s = sim.detach().numpy()
+    one = np.ones_like(s)
+    slope = s + m if modulate in ("both", "negative") else one
+    own = s if modulate in ("both", "positive") else one
+    slope = np.where(np.eye(6, 11, dtype=bool), own, slope)
+    by_hand = (p - np.eye(6, 11)) * slope / (6 * temperature)
+    np.testing.assert_allclose(gradient.numpy(), by_hand, atol=1e-12)
+    closed = gradient_weights(sim.detach(), "focal_info_nce", temperature, m, modulate, True)
+    np.testing.assert_allclose(closed.numpy(), by_hand, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 9.0])
+@pytest.mark.parametrize("temperature", [0.02, 0.05, 1.0])
+def test_hardness_weight_equals_the_formula(alpha, temperature):
+    s = similarities(6, 11)
+    negative = ~np.eye(6, 11, dtype=bool)
+    rows = s / temperature + alpha * s * negative
+    p = np.exp(rows - rows.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    sim = torch.tensor(s, requires_grad=True)
+    value = hardness_info_nce(sim, temperature, alpha)
+    assert value.item() == pytest.approx(-np.log(np.diagonal(p)).mean())
+    (gradient,) = torch.autograd.grad(value, sim)
+    by_hand = (p - ~negative) / (6 * temperature)
+    np.testing.assert_allclose(gradient.numpy(), by_hand, atol=1e-12)
+    closed = gradient_weights(sim.detach(), "hardness_info_nce", temperature, alpha=alpha)
+    np.testing.assert_allclose(closed.numpy(), by_hand, atol=1e-12)
+
+
+def test_hardness_weight_is_that_of_sentence_transformers():
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, 8, 5, generator=generator)
+    peer = MultipleNegativesRankingLoss(
+        None, scale=20, hardness_mode="in_batch_negatives", hardness_strength=9
+    )
+    theirs = peer.compute_loss_from_embeddings([u, v], None)
+    assert hardness_info_nce(similarity_matrix(u, v)).item() == pytest.approx(theirs.item())
+
+
+def test_without_weight_hardness_is_info_nce():
+    sim = torch.tensor(similarities(6, 6))
+    assert torch.equal(hardness_info_nce(sim, alpha=0), info_nce(sim))
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])
+def test_bad_alpha_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        hardness_info_nce(torch.eye(3), alpha=alpha)
+
+
+def test_a_loss_by_its_name():
+    sim = torch.tensor(similarities(6, 6))
+    assert torch.equal(loss(sim, "info_nce", 0.1), info_nce(sim, 0.1))
+    named = loss(sim, "focal_info_nce", 0.1, 0.2, "positive", stop_gradient=True)
+    assert torch.equal(named, focal_info_nce(sim, 0.1, 0.2, "positive"))
+    assert torch.equal(loss(sim, "hardness_info_nce", 0.1), hardness_info_nce(sim, 0.1))
+    with pytest.raises(ValueError, match="objective 'triplet'"):
+        loss(sim, "triplet")
