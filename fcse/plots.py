@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 # Okabe & Ito's palette: distinct for every common kind of colour blindness.
 COLOURS = {
     "untrained": "#7F7F7F",
+    "encoder": "#000000",
     "info_nce": "#0072B2",
     "focal_info_nce": "#D55E00",
     "positive": "#009E73",
@@ -24,6 +25,7 @@ COLOURS = {
 }
 NAMES = {
     "untrained": "untrained",
+    "encoder": "chosen encoder",
     "info_nce": "InfoNCE",
     "focal_info_nce": "Focal-InfoNCE",
     "positive": "positives only",
@@ -34,6 +36,7 @@ NAMES = {
 # Marker and dash repeat what the colour says, for print in grey.
 _MARKERS = {
     "untrained": "s",
+    "encoder": "*",
     "info_nce": "o",
     "focal_info_nce": "D",
     "positive": "^",
@@ -43,6 +46,7 @@ _MARKERS = {
 }
 _DASHES = {
     "untrained": ":",
+    "encoder": ":",
     "info_nce": "--",
     "focal_info_nce": "-",
     "positive": "-.",

@@ -27,7 +27,12 @@ _BACKBONES = {
 RECIPES: dict[str, TrainConfig] = {
     "minilm-wiki": TrainConfig(recipe="minilm-wiki"),
     "minilm-short": TrainConfig(
-        recipe="minilm-short", batch_size=32, steps=25, learning_rate=5e-5, eval_steps=10
+        recipe="minilm-short",
+        batch_size=32,
+        steps=25,
+        learning_rate=5e-5,
+        eval_steps=10,
+        checkpoints=True,
     ),
 } | {
     f"{name}-focal": replace(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fcse.cards import write_card
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 
-_RECORD, _METRICS, _MODEL = "run.json", "metrics.jsonl", "model"
+_RECORD, _METRICS, _MODEL, _CHECKPOINTS = "run.json", "metrics.jsonl", "model", "checkpoints"
 
 
 def versions() -> dict[str, str]:
@@ -80,6 +81,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / _METRICS).unlink(missing_ok=True)
             shutil.rmtree(self.model, ignore_errors=True)
+            shutil.rmtree(self.path / _CHECKPOINTS, ignore_errors=True)
             self._write_record(self.identity | {"finished": False})
         except OSError as error:
             raise InputError(f"output {self.path} cannot be written: {error.strerror}") from None
@@ -99,6 +101,18 @@ class RunFolder:
         encoder.save_pretrained(partial)
         shutil.rmtree(self.model, ignore_errors=True)
         partial.rename(self.model)
+
+    def keep_checkpoint(self, step: int, encoder: SentenceEncoder) -> None:
+        """Keep the weights of a step beside the model, in half precision."""
+        folder = self.path / _CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        weights = {k: x.detach().cpu().half().contiguous() for k, x in encoder.state_dict().items()}
+        save_file(weights, folder / f"{step}.safetensors")
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Step -> file of its weights, in the order of the steps."""
+        found = (self.path / _CHECKPOINTS).glob("*.safetensors")
+        return {int(path.stem): path for path in sorted(found, key=lambda path: int(path.stem))}
 
     def finish(self, **facts: Any) -> None:
         """Write the model card and the final run.json: identity and what came out."""

@@ -6,20 +6,50 @@ from pathlib import Path
 import pandas as pd
 
 from fcse import analysis, plots
-from fcse.data import SentencePairs, load_corpus, load_lee, load_sts, senteval_folder
+from fcse.data import SentencePairs, is_file, load_corpus, load_lee, load_sts, senteval_folder
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.published import SIMCSE_50_SEEDS
-from fcse.recipes import recipe
+from fcse.recipes import RECIPES, recipe
 from fcse.report import beside_published, judged
-from fcse.training import TrainConfig, TrainResult, train
+from fcse.training import TrainConfig, TrainResult, judged_pairs, read_run, score, train
 
 OBJECTIVES = ("info_nce", "focal_info_nce")
+SHORT = "minilm-short"
+"""The recipe that notebooks train where nothing else is chosen."""
 
 
 def train_objectives(config: TrainConfig) -> dict[str, TrainResult]:
     """The same config with each objective: objective -> its run, trained or loaded."""
     return {objective: train(replace(config, objective=objective)) for objective in OBJECTIVES}
+
+
+def pick_runs(source: str | Path = SHORT, seed: int = 0) -> dict[str, TrainResult]:
+    """What a notebook looks at: fresh short runs, a run that is there, or any encoder.
+
+    Args:
+        source: the name of a recipe: it is trained with both objectives, or loaded where that was
+            done; a run folder; or the name or folder of an encoder, which stands for a run of no
+            steps.
+        seed: of what is trained.
+
+    Returns:
+        Key of the figures (see `analysis.VARIANTS`; "encoder" for one without training) -> run.
+
+    Raises:
+        InputError: as in `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`.
+    """
+    if source in RECIPES:
+        return train_objectives(replace(recipe(str(source)), seed=seed))
+    if is_file(Path(source) / "run.json"):
+        run = read_run(source)
+        return {run.config.key: run}
+    encoder = SentenceEncoder.from_pretrained(source)
+    config = TrainConfig(encoder=str(source), pooling=encoder.pooling)
+    scored = {"step": 0, **score(encoder, judged_pairs())}
+    return {
+        "encoder": TrainResult(config, Path(source), encoder, [], [scored], {"kept_step": 0}, {})
+    }
 
 
 def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:

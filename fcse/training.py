@@ -1,5 +1,6 @@
 """TrainConfig and one readable loop: two dropout views, one similarity matrix, one loss."""
 
+import copy
 import hashlib
 import json
 import math
@@ -14,10 +15,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from fcse import losses, speed
-from fcse.data import SentencePairs, is_file, load_corpus, load_lee, load_sts, sha256, text_hash
+from fcse.data import (
+    SentencePairs,
+    first_line,
+    is_file,
+    is_folder,
+    load_corpus,
+    load_lee,
+    load_sts,
+    sha256,
+    text_hash,
+)
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
@@ -73,6 +85,8 @@ class TrainConfig:
     """Score every so many steps, >= 1."""
     metric: Metric = "last"
     """Which weights to keep: those of the last step, or of the best lee or stsb_dev score."""
+    checkpoints: bool = False
+    """Keep the weights of every scoring along the way too, in half precision."""
     output: str | Path | None = None
     """Folder of the run; by default a folder of its own under FCSE_RUNS, else under runs/."""
 
@@ -148,6 +162,7 @@ class TrainResult:
     config: what was run. folder: holds run.json, metrics.jsonl and model/. encoder: the kept
     weights, in evaluation mode on the CPU. losses: one float a step. evaluations: one dict each
     time the run was scored, the first before training, see `score`. record: what run.json holds.
+    checkpoints: step -> file of the weights along the way, see `encoder_at`.
     """
 
     config: TrainConfig
@@ -156,6 +171,29 @@ class TrainResult:
     losses: list[float]
     evaluations: list[dict[str, float]]
     record: dict[str, Any]
+    checkpoints: dict[int, Path]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps whose weights there are: before training, the checkpoints, the kept ones."""
+        return sorted({0, *self.checkpoints, self.record["kept_step"]})
+
+    def encoder_at(self, step: int) -> SentenceEncoder:
+        """The encoder as it was after a step of `steps`.
+
+        Raises:
+            InputError: no weights of that step, or the encoder it started from is gone.
+        """
+        if step == self.record["kept_step"]:
+            return self.encoder
+        if step == 0:
+            config = self.config
+            return SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
+        if step not in self.checkpoints:
+            raise InputError(f"{self.folder} has weights of the steps {self.steps}, not of {step}")
+        encoder = copy.deepcopy(self.encoder)
+        encoder.load_state_dict(load_file(self.checkpoints[step]))
+        return encoder
 
 
 def train(
@@ -192,6 +230,27 @@ def load_run(config: TrainConfig) -> TrainResult:
     record = folder.record()
     if record is None:
         raise InputError(f"{folder.path} holds no finished run: train it first")
+    return _read(folder, config, record)
+
+
+def read_run(path: str | Path) -> TrainResult:
+    """A finished run by its folder alone, whatever versions it was trained with.
+
+    Raises:
+        InputError: no run, not finished, or damaged.
+    """
+    folder = RunFolder(Path(path), {})
+    record = folder.record() if is_folder(path) else None
+    if record is None:
+        raise InputError(f"{path} holds no finished run")
+    try:
+        config = TrainConfig(**record["config"], output=str(path))
+        return _read(folder, config, {"kept_step": config.steps} | record)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"run {path} is damaged ({first_line(error)}): train it again") from None
+
+
+def _read(folder: RunFolder, config: TrainConfig, record: dict[str, Any]) -> TrainResult:
     metrics = folder.metrics()
     return TrainResult(
         config=config,
@@ -200,6 +259,7 @@ def load_run(config: TrainConfig) -> TrainResult:
         losses=[line["loss"] for line in metrics if "loss" in line],
         evaluations=[line for line in metrics if "loss" not in line],
         record=record,
+        checkpoints=folder.checkpoints(),
     )
 
 
@@ -269,6 +329,8 @@ def _train(
             if keep:
                 best, kept_step, kept_scores = value, step, scores
                 folder.keep(encoder)
+            if config.checkpoints and step < config.steps:
+                folder.keep_checkpoint(step, encoder)
         if callback is not None:
             callback(step, encoder)
 
