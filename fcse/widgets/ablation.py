@@ -1,4 +1,4 @@
-"""Interactive panels over the same functions that the notebooks call."""
+"""The loss under your hands: sliders, and what they do to the curves and to a real batch."""
 
 import io
 import time
