@@ -284,7 +284,13 @@ def download(filename: str) -> Path:
     # file that is named by another hash.
     announced = entry.readlink().name if entry.is_symlink() else ""
     if re.fullmatch(r"[0-9a-f]{64}", announced) and sha256(entry) != announced:
-        entry.resolve().unlink()
+        try:
+            entry.resolve().unlink()
+        except OSError as error:
+            raise InputError(
+                f"{entry.resolve()} is damaged (its SHA-256 differs) and cannot be removed "
+                f"({error.strerror}): delete it"
+            ) from None
         raise InputError(
             f"{filename} of {HUB_DATASET} was damaged (its SHA-256 differs) and is removed: run "
             "the command again to fetch it"
@@ -389,7 +395,10 @@ def _senteval_from_hub() -> Path:
                 tar.extractall(Path(partial) / "data", filter="data")
                 (Path(partial) / "data").rename(target)
         except (tarfile.TarError, EOFError) as error:
-            raise InputError(f"{archive} cannot be unpacked ({first_line(error)})") from None
+            raise InputError(
+                f"{archive} cannot be unpacked ({first_line(error)}): name a SentEval folder with "
+                "--senteval or FCSE_SENTEVAL"
+            ) from None
         except OSError as error:
             if not target.is_dir():  # else another process was faster
                 raise InputError(f"{cache} cannot be written: {error.strerror}") from None

@@ -21,6 +21,7 @@ from fcse.data import (
     load_sts,
     load_wiki_articles,
     senteval_folder,
+    sha256,
     text_hash,
 )
 from fcse.errors import InputError
@@ -291,6 +292,7 @@ def put_into_hub_cache(name, write_file):
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True, exist_ok=True)
     write_file(snapshot / name)
+    return snapshot / name
 
 
 @pytest.mark.usefixtures("no_sts_data")
@@ -301,12 +303,13 @@ def test_what_the_hub_gave_once_is_read_from_its_cache(small_senteval, monkeypat
         with tarfile.open(path, "w") as tar:
             tar.add(small_senteval, "SentEval/data/downstream")
 
-    put_into_hub_cache("senteval.tar", archive)
+    found = put_into_hub_cache("senteval.tar", archive)
     put_into_hub_cache("wiki1m_for_simcse.txt", lambda path: write(path, "One .\n\nTwo .\n"))
     assert load_corpus("wiki1m") == ["One .", "Two ."]
     for _ in range(2):
         assert load_sts("STSBenchmark", "dev").gold.tolist() == [2.0]
-    assert [p.name for p in (tmp_path / "cache" / "fcse").iterdir()] == ["senteval"]
+    (folder,) = (tmp_path / "cache" / "fcse").iterdir()
+    assert folder.name == f"senteval-{sha256(found)[:12]}"
 
 
 @pytest.mark.parametrize("task", STS_TASKS)
