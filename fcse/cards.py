@@ -91,8 +91,11 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _name(name_or_path: str) -> str:
-    """A hub name as it is; of a path on one machine only its last part."""
-    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
+    """A hub name as it is; of a path on one machine, also in FOLDER:COLUMN, only its last part."""
+    if Path(name_or_path).exists():
+        return Path(name_or_path).resolve().name
+    folder, colon, column = name_or_path.rpartition(":")
+    return _name(folder) + colon + column if folder else name_or_path
 
 
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:

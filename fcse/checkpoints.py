@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,11 +49,13 @@ def import_checkpoint(
         raise InputError(f"checkpoint {path} is not there: name a folder or a weight file")
     if encoder is None and not is_file(path.parent / "config.json"):
         raise InputError(f"no config.json beside {path}: name the encoder it was trained from")
+    # Before the encoder: a folder's own weights are the checkpoint, and this says what is wrong.
+    state = {name.removeprefix("module."): x for name, x in _read_weights(path).items()}
     result = SentenceEncoder.from_pretrained(encoder or path.parent, pooling)
 
-    state = {name.removeprefix("module."): x for name, x in _read_weights(path).items()}
     prefix = f"{result.backbone.base_model_prefix}."
-    head = {name.split(".")[-1]: x for name, x in state.items() if _HEAD.fullmatch(name)}
+    heads = {name: x for name, x in state.items() if _HEAD.fullmatch(name)}
+    head = {name.split(".")[-1]: x for name, x in heads.items()}
     state = {name.removeprefix(prefix): x for name, x in state.items() if not _HEAD.match(name)}
     state = {name: x for name, x in state.items() if not _IGNORED.match(name)}
     if pooling == "cls" and not head:
@@ -62,6 +63,8 @@ def import_checkpoint(
             f"{path} has no MLP head (mlp.*.weight): a plain encoder needs no import; for one "
             "trained without a head name its pooling"
         )
+    if pooling == "cls" and len(head) < len(heads):
+        raise InputError(f"{path} has a head of several layers ({', '.join(heads)}): one is read")
     _load(result.backbone, state, path)
     if pooling == "cls":
         _load(result.head[0], head, path)
@@ -78,9 +81,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, or is no checkpoint, and is not unpickled: convert "
             "its state dict to safetensors where you trust it"
         ) from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a dozen types for bytes that are broken somewhere
         raise InputError(f"{path} cannot be read as weights ({first_line(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(x, Tensor) for x in state.values()):
         raise InputError(f"{path} is no state dict: expected names with tensors")
     return state
 

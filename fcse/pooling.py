@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
@@ -66,26 +67,26 @@ def read_layout(name_or_path: str, local_files_only: bool) -> Layout:
         )
         return Path(found) if found else None
 
-    def read(filename: str) -> Any:
-        path = find(filename)
+    def read(path: Path | None) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path else None
 
     try:
-        modules = read("modules.json")
-        if modules is None:
+        declared = find("modules.json")
+        if declared is None:
             return Layout()
+        modules = read(declared)
         folders = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
         subfolder = folders.pop("Transformer", "")
         folders.pop("Normalize", None)  # leaves every cosine as it is
         foreign = folders.keys() - {"Pooling", "WeightedLayerPooling"}
         if foreign or "Pooling" not in folders:
             return Layout(subfolder, " + ".join(folders) or "no pooling")
-        pooling = _mode(read(f"{folders['Pooling']}/config.json"))
+        pooling = _mode(read(find(f"{folders['Pooling']}/config.json")))
         if "WeightedLayerPooling" in folders:
             folder = folders["WeightedLayerPooling"]
             weights = find(f"{folder}/model.safetensors")
-            pooling = _two_layers(read(f"{folder}/config.json"), pooling, weights)
-    except (ValueError, KeyError, TypeError, AttributeError):
+            pooling = _two_layers(read(find(f"{folder}/config.json")), pooling, weights)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         raise InputError(
             f"the pooling that {name_or_path} declares cannot be read: mend its modules.json or "
             "the folders named there"
@@ -97,7 +98,10 @@ def _mode(config: dict[str, Any]) -> str:
     mode = config.get("pooling_mode")
     if mode is None:
         mode = [name for flag, name in _FLAGS.items() if config.get(flag)]
-    return mode if isinstance(mode, str) else " + ".join(mode)
+    mode = mode if isinstance(mode, str) else " + ".join(mode)
+    if not mode:
+        raise ValueError("no mode is declared")
+    return mode
 
 
 def _two_layers(config: dict[str, Any], mode: str, weights: Path | None) -> str:
@@ -108,7 +112,7 @@ def _two_layers(config: dict[str, Any], mode: str, weights: Path | None) -> str:
     for pooling in ("mean_first_last", "mean_top2"):
         expected = torch.zeros(layers + 1)
         expected[list(layers_read(pooling, layers))] = 0.5
-        if mode == "mean" and torch.equal(share, expected):
+        if mode == "mean" and torch.equal(share, expected / expected.sum()):
             return pooling
     return f"WeightedLayerPooling + {mode}"
 

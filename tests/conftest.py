@@ -1,6 +1,7 @@
 """Real weights, real text, and tiny random models of each architecture, made once a session."""
 
 import os
+from contextlib import contextmanager
 
 # The suite never asks a network: a hub that answers slowly must not decide how a test ends.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +25,7 @@ from transformers import (
 
 from fcse.data import load_corpus
 from fcse.encoder import SentenceEncoder
+from fcse.errors import InputError
 
 TOKEN_LIMIT = 64
 """Tokens that every tiny model takes; RoBERTa's and MPNet's tables have two rows more."""
@@ -149,6 +151,14 @@ def save_tiny_model(config, tokenizer, folder, seed=0):
     return folder
 
 
+@contextmanager
+def one_line_refusal(match):
+    """Within this context an InputError of one line is raised that says `match`."""
+    with pytest.raises(InputError, match=match) as refusal:
+        yield
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.fixture(scope="session")
 def sentences():
     """Real sentences: the head of the packaged corpus."""
@@ -186,6 +196,14 @@ def still_model(tmp_path_factory, sentences):
 def minilm():
     """The packaged encoder, in evaluation mode."""
     return SentenceEncoder.from_pretrained("minilm")
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory, sentences):
+    """Text file with the first 40 real sentences."""
+    path = tmp_path_factory.mktemp("corpora") / "forty.txt"
+    path.write_text("\n".join(sentences[:40]), encoding="utf-8")
+    return path
 
 
 @pytest.fixture

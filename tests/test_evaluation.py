@@ -1,14 +1,19 @@
 """Scores against their formulas in NumPy, against scipy, and against the field's own code."""
 
+from functools import cache
+from typing import get_args
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from transformers import AutoModel, AutoTokenizer
 
-from fcse.data import SentencePairs, load_lee, load_sts
+from fcse.data import MINILM, SentencePairs, load_lee, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import (
+    Aggregate,
     alignment,
     embed_pairs,
     evaluate_lee,
@@ -18,6 +23,7 @@ from fcse.evaluation import (
     spearman,
     uniformity,
 )
+from fcse.pooling import Pooling
 
 
 def ranks(x):
@@ -187,3 +193,69 @@ def test_the_packaged_encoder_on_the_dev_split(minilm, senteval):
     assert result["spearman"] == pytest.approx(79.7315, abs=0.02)
     assert round(result["alignment"], 2) == 0.10
     assert round(result["uniformity"], 2) == -1.74
+
+
+@torch.no_grad()
+def plain_cosines(pairs):
+    """Pooling -> cosine of every pair: batches in file order, padded, nothing reused."""
+    folder = MINILM.locate().parent
+    model, tokenizer = (
+        AutoModel.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+
+    def embed(texts):
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+        mask = batch["attention_mask"][:, :, None]
+
+        def mean(tokens):
+            return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+
+        return {
+            "cls": hidden[-1][:, 0],
+            "mean": mean(hidden[-1]),
+            "mean_first_last": mean((hidden[1] + hidden[-1]) / 2),
+            "mean_top2": mean((hidden[-2] + hidden[-1]) / 2),
+        }
+
+    cosines = {pooling: [] for pooling in get_args(Pooling)}
+    for start in range(0, len(pairs), 16):
+        left, right = (embed(side[start : start + 16]) for side in (pairs.left, pairs.right))
+        for pooling, rows in cosines.items():
+            u, v = left[pooling].double().numpy(), right[pooling].double().numpy()
+            norms = np.sqrt((u**2).sum(axis=1) * (v**2).sum(axis=1))
+            rows.extend((u * v).sum(axis=1) / norms)
+    return cosines
+
+
+def test_every_pooling_and_aggregate_equals_a_plain_computation(senteval, monkeypatch):
+    pairs = load_sts("STS16", folder=senteval)
+    over_all = []
+    for pooling, cosines in plain_cosines(pairs).items():
+        parts = {name: ([], []) for name in pairs.subsets}
+        for name, cosine, gold in zip(pairs.subsets, cosines, pairs.gold, strict=True):
+            parts[name][0].append(cosine)
+            parts[name][1].append(gold)
+        by_part = [100 * scipy.stats.spearmanr(*part).statistic for part in parts.values()]
+        counts = [len(gold) for _, gold in parts.values()]
+        expected = {
+            "all": 100 * scipy.stats.spearmanr(cosines, pairs.gold).statistic,
+            "mean": sum(by_part) / len(by_part),
+            "wmean": sum(r * n for r, n in zip(by_part, counts, strict=True)) / sum(counts),
+        }
+        encoder = SentenceEncoder.from_pretrained("minilm", pooling)
+        # The three aggregates ask for the same sentences: they are encoded for the first only.
+        once = cache(encoder.encode)
+        monkeypatch.setattr(
+            encoder, "encode", lambda texts, once=once, **options: once(tuple(texts), **options)
+        )
+        for aggregate in get_args(Aggregate):
+            scores = evaluate_sts(encoder, ["STS16"], folder=senteval, aggregate=aggregate)
+            assert scores["STS16"] == pytest.approx(expected[aggregate], abs=0.01)
+            assert scores["avg"] == scores["STS16"]
+        assert once.cache_info().misses == 1
+        # What is compared differs by more than is allowed for: none passes in place of another.
+        assert np.diff(sorted(expected.values())).min() > 0.02
+        over_all.append(expected["all"])
+    assert np.diff(sorted(over_all)).min() > 0.02

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import evaluate_lee
-from fcse.recipes import RECIPES, recipe
-from fcse.training import TrainConfig, load_run, resolve_precision, train
+from fcse.recipes import recipe
+from fcse.runs import weights_hash
+from fcse.training import TrainConfig, load_run, read_run, resolve_precision, train
 
 
 @pytest.fixture
@@ -236,26 +238,69 @@ def test_precision():
     assert resolve_precision("bf16", cpu) == "bf16"
 
 
+def test_checkpoints_are_the_weights_along_the_way(config):
+    weights = {}
+
+    def watch(step, encoder):
+        weights[step] = encoder.backbone.get_input_embeddings().weight.detach().clone()
+
+    result = train(replace(config, checkpoints=True), watch)
+    assert result.steps == [0, 3, 6]
+    for step in (3, 6):
+        kept = result.encoder_at(step).backbone.get_input_embeddings().weight
+        # Half precision keeps 11 bits; the last step's weights are whole.
+        torch.testing.assert_close(kept, weights[step], rtol=1e-3 if step == 3 else 0, atol=1e-6)
+        assert not torch.equal(kept, weights[9 - step])
+    start = SentenceEncoder.from_pretrained(config.encoder, seed=config.seed)
+    assert weights_hash(result.encoder_at(0)) == weights_hash(start)
+    with pytest.raises(InputError, match=r"weights of the steps \[0, 3, 6\], not of 4"):
+        result.encoder_at(4)
+
+
+def test_checkpoints_change_nothing_else(config, tmp_path):
+    plain = train(config)
+    kept = train(replace(config, checkpoints=True, output=str(tmp_path / "kept")))
+    assert plain.losses == kept.losses
+    assert plain.steps == [0, 6]
+
+
+def test_a_run_is_read_by_its_folder_alone(config):
+    trained = train(replace(config, checkpoints=True, pooling="mean"))
+    path = trained.folder / "run.json"
+    record = json.loads(path.read_text())
+    record["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(record))
+    run = read_run(trained.folder)
+    assert run.config == replace(config, checkpoints=True, pooling="mean")
+    assert run.losses == trained.losses
+    assert run.evaluations == trained.evaluations
+    assert run.steps == trained.steps
+    assert weights_hash(run.encoder) == weights_hash(trained.encoder)
+
+
 @pytest.mark.parametrize(
-    ("name", "encoder", "batch_size", "learning_rate"),
+    ("name", "content"),
     [
-        # Gao et al. 2021, the authors' README: batch size and learning rate for each backbone.
-        ("bert-base-focal", "bert-base-uncased", 64, 3e-5),
-        ("bert-large-focal", "bert-large-uncased", 64, 1e-5),
-        ("roberta-base-focal", "roberta-base", 512, 1e-5),
-        ("roberta-large-focal", "roberta-large", 512, 3e-5),
+        ("run.json", "{"),
+        ("run.json", "{}"),
+        ("run.json", '{"finished": true, "config": {"colour": "red"}}'),
+        ("metrics.jsonl", "{"),
+        ("metrics.jsonl", None),
+        ("model/model.safetensors", "x"),
+        ("model/config.json", None),
     ],
 )
-def test_recipes_of_the_paper(name, encoder, batch_size, learning_rate):
-    config = recipe(name)
-    assert (config.encoder, config.batch_size) == (encoder, batch_size)
-    assert config.learning_rate == learning_rate
-    assert (config.temperature, config.m, config.max_length) == (0.05, 0.3, 32)
-    assert (config.corpus, config.metric, config.eval_steps) == ("wiki1m", "stsb_dev", 125)
-    assert config.steps * config.batch_size <= 1_000_000 < (config.steps + 1) * config.batch_size
+def test_a_damaged_run_is_named(config, name, content):
+    folder = train(config).folder
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(InputError, match="run") as error:
+        read_run(folder)
+    assert "\n" not in str(error.value)
 
 
-def test_recipes_name_themselves():
-    assert all(config.recipe == name for name, config in RECIPES.items())
-    with pytest.raises(InputError, match="minilm-wiki"):
-        recipe("none-such")
+def test_what_is_no_run_is_refused(tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match="holds no finished run"):
+            read_run(path)
