@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -186,6 +186,31 @@ def load_wiki_articles() -> dict[str, list[str]]:
     return articles
 
 
+def article_batch(
+    articles: Mapping[str, Sequence[str]], size: int = 64, each: int = 4
+) -> tuple[list[str], list[str]]:
+    """A batch in which articles repeat: the first sentences of articles from all over a corpus.
+
+    Args:
+        articles: title -> its sentences, as of `load_wiki_articles`.
+        size: sentences in all, a multiple of `each`.
+        each: sentences of one article.
+
+    Returns:
+        The sentences, and the title of the article that each comes from.
+
+    Raises:
+        InputError: too few articles have that many sentences.
+    """
+    titles = [title for title, sentences in articles.items() if len(sentences) >= each]
+    wanted = size // each
+    if len(titles) < wanted:
+        raise InputError(f"{wanted} articles of {each} sentences are needed, got {len(titles)}")
+    titles = titles[:: len(titles) // wanted][:wanted]
+    sentences = [sentence for title in titles for sentence in articles[title][:each]]
+    return sentences, [title for title in titles for _ in range(each)]
+
+
 def load_corpus(name_or_path: str | Path, limit: int | None = None) -> list[str]:
     """The sentences of a corpus, in order, without empty lines.
 
@@ -313,8 +338,9 @@ def hub_reachable(timeout: float = 5.0) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, cut to one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """What an exception says, cut to one line, without a terminal's colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def load_lee() -> SentencePairs:

@@ -1,6 +1,7 @@
 """Backbone, pooling and the training-only head: sentences in, embeddings out."""
 
 import inspect
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, get_args
@@ -101,6 +102,11 @@ class SentenceEncoder(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
         except InputError:
             raise
+        except pickle.UnpicklingError:
+            raise InputError(
+                f"the weights of {str(name_or_path)!r} are a pickle that holds more than tensors, "
+                "and are not unpickled: convert them to safetensors where you trust them"
+            ) from None
         except Exception as error:  # dozens of types, from missing files to broken JSON
             raise InputError(
                 f"encoder {str(name_or_path)!r} could not be loaded ({first_line(error)}): give "

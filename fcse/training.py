@@ -125,7 +125,10 @@ class TrainConfig:
         """What decides the result: the fields but the folder, local files' bytes, versions."""
         fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         del fields["output"]
-        files = (Path(self.corpus), Path(self.encoder) / "model.safetensors")
+        patterns = ("*.safetensors", "*.bin", "*/model.safetensors")
+        folder = Path(self.encoder)
+        found = [p for glob in patterns for p in folder.glob(glob)] if is_folder(folder) else []
+        files = (Path(self.corpus), *sorted(found))
         return {
             "config": fields,
             "files": {str(path): sha256(path) for path in files if is_file(path)},

@@ -1,5 +1,6 @@
 """Sentences in, embeddings out: five architectures, packaged weights, and what is refused."""
 
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -279,3 +280,22 @@ def test_altered_packaged_weights_are_refused(tmp_path, monkeypatch):
         MINILM.locate()
     with pytest.raises(InputError, match="SHA-256 differs"):
         SentenceEncoder.from_pretrained("minilm")
+
+
+class Code:
+    """Unpickled by trust, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_not_unpickled(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("bert"), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"weights": Code(tmp_path / "written")}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="are not unpickled"):
+        SentenceEncoder.from_pretrained(folder)
+    assert not (tmp_path / "written").exists()
