@@ -4,13 +4,16 @@ BIN := .venv/bin
 export FCSE_RUNS ?= $(CURDIR)/runs
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study lab test clean
+.PHONY: study lab app test clean
 
 study: .venv/ready
 	$(BIN)/fcse study
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks
+
+app: .venv/ready
+	$(BIN)/voila notebooks/app_ablation.ipynb
 
 test: .venv/ready
 	$(BIN)/ruff check .

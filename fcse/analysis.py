@@ -1,7 +1,9 @@
 """What a loss does to a batch, and what training did to a space: numbers behind the pictures."""
 
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -68,28 +70,86 @@ def curves(
         Columns "objective", "similarity", "logit", "slope" (of a negative), "positive_logit",
         "positive_slope".
     """
+    tables = {
+        key: curve(points, temperature=temperature, m=m, **VARIANTS[key]) for key in objectives
+    }
+    return pd.concat(tables, names=["objective"]).reset_index("objective").reset_index(drop=True)
+
+
+def curve(points: int = 201, **loss: Any) -> pd.DataFrame:
+    """Logit and slope of one similarity under one loss: `curves` for any parameters.
+
+    Args:
+        points: how many values of s in [-1, 1].
+        loss: as in `losses.gradient_weights`.
+
+    Returns:
+        The columns of `curves` but "objective".
+    """
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
     # Row i holds s_i twice: on the diagonal as a positive, in column `points + i` as a negative.
     sim = torch.cat([torch.diag(s)] * 2, dim=1).requires_grad_()
-    frames = []
-    for key in objectives:
-        logit = losses.logits(sim, temperature, m, **logit_arguments(key))
-        (slope,) = torch.autograd.grad(logit.sum(), sim)
-        columns = {"objective": key, "similarity": s.numpy()}
-        for prefix, diagonal in (("", points), ("positive_", 0)):
-            columns[f"{prefix}logit"] = logit.detach().diagonal(diagonal).numpy()
-            columns[f"{prefix}slope"] = slope.diagonal(diagonal).numpy()
-        frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True)
+    logit = losses.logits(sim, **logit_arguments(**loss))
+    (slope,) = torch.autograd.grad(logit.sum(), sim)
+    columns = {"similarity": s.numpy()}
+    for prefix, diagonal in (("", points), ("positive_", 0)):
+        columns[f"{prefix}logit"] = logit.detach().diagonal(diagonal).numpy()
+        columns[f"{prefix}slope"] = slope.diagonal(diagonal).numpy()
+    return pd.DataFrame(columns)
 
 
-def logit_arguments(key: str) -> dict[str, Any]:
-    """What `losses.logits` takes for a key of `VARIANTS`."""
-    arguments = {"modulate": "both"} | VARIANTS[key]
-    objective = arguments.pop("objective", "focal_info_nce")
-    modulate = losses.effective_modulation(objective, arguments["modulate"])
-    alpha = {"alpha": ALPHA} if objective == "hardness_info_nce" else {}
-    return arguments | {"modulate": modulate} | alpha
+def logit_arguments(
+    objective: Objective = "focal_info_nce",
+    modulate: Modulate = "both",
+    alpha: float = ALPHA,
+    **others: Any,
+) -> dict[str, Any]:
+    """What `losses.logits` takes for a loss named as in `losses.gradient_weights`."""
+    modulate = losses.effective_modulation(objective, modulate)
+    alpha = alpha if objective == "hardness_info_nce" else 0.0
+    return others | {"modulate": modulate, "alpha": alpha}
+
+
+def resting_point(m: float = 0.3, stop_gradient: bool = False, **loss: Any) -> float | None:
+    """The similarity at which a modulated negative is not pulled: -m/2, or -m with stop_gradient.
+
+    Args:
+        m, stop_gradient, loss: as in `losses.gradient_weights`.
+
+    Returns:
+        None where the negatives are not modulated.
+    """
+    if logit_arguments(**loss)["modulate"] not in ("both", "negative"):
+        return None
+    return -m if stop_gradient else -m / 2
+
+
+def candidates(sim: Tensor, sentences: Sequence[str], anchor: int, **loss: Any) -> pd.DataFrame:
+    """The softmax of one row: how likely each candidate counts as the anchor's other view.
+
+    Args:
+        sim: (N, N) float, positives on the diagonal.
+        sentences: the batch, N sentences.
+        anchor: the row, 0 to N - 1.
+        loss: as in `losses.gradient_weights`.
+
+    Returns:
+        N rows, most similar first: "candidate" (the column of `sim`), "sentence", "similarity",
+        "info_nce" (its probability under InfoNCE at the same temperature), "chosen" (under
+        `loss`). Each probability sums to 1.
+    """
+    arguments = logit_arguments(**loss)
+    plain = logit_arguments(**loss | {"objective": "info_nce"})
+    table = pd.DataFrame(
+        {
+            "candidate": range(len(sim)),
+            "sentence": list(sentences),
+            "similarity": sim[anchor].numpy(),
+            "info_nce": losses.logits(sim, **plain)[anchor].softmax(dim=0).numpy(),
+            "chosen": losses.logits(sim, **arguments)[anchor].softmax(dim=0).numpy(),
+        }
+    )
+    return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
 
 
 def negative_pulls(sim: Tensor, objective: Objective = "focal_info_nce", **loss: Any) -> Pulls:
@@ -189,6 +249,50 @@ def ranked_negatives(
     return table.sort_values("similarity", ascending=False, ignore_index=True)
 
 
+def anchor_negatives(
+    sim: Tensor, anchor: int, temperature: float = 0.05, m: float = 0.3
+) -> pd.DataFrame:
+    """The negatives of one anchor with their pull under each of the three objectives.
+
+    Args:
+        sim: (N, N) float, positives on the diagonal.
+        anchor: the row, 0 to N - 1.
+        temperature, m: as in `losses.logits`; the hardness weight is `ALPHA`.
+
+    Returns:
+        N - 1 rows, most similar first: "negative" (the column of `sim`), "similarity", and a pull
+        under the name of each objective, see `negative_pulls`.
+    """
+    row = {"negative": range(len(sim)), "similarity": sim[anchor].numpy()}
+    for objective in get_args(Objective):
+        weights = losses.gradient_weights(sim, objective, temperature, m, alpha=ALPHA)
+        row[objective] = len(sim) * weights[anchor].numpy()
+    table = pd.DataFrame(row).drop(index=anchor)
+    return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
+
+
+def likely_false_negatives(
+    sim: Tensor, labels: Sequence[str], quantile: float = 0.9
+) -> pd.DataFrame:
+    """Pairs of a batch that count as negatives and may well not be: alike, and of one label.
+
+    Args:
+        sim: (N, N) float, positives on the diagonal.
+        labels: N labels, such as the article that a sentence comes from.
+        quantile: 0 to 1; a pair is alike if its similarity reaches this quantile of all pairs.
+
+    Returns:
+        One row a pair, most similar first: "i" < "j" (rows of `sim`), "similarity" (the mean of
+        s_ij and s_ji, which differ by dropout).
+    """
+    i, j = np.triu_indices(len(sim), k=1)
+    similarity = ((sim + sim.T) / 2).numpy()[i, j]
+    titles = np.asarray(labels)
+    found = (titles[i] == titles[j]) & (similarity >= np.quantile(similarity, quantile))
+    table = pd.DataFrame({"i": i[found], "j": j[found], "similarity": similarity[found]})
+    return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
+
+
 def neighbourhood_purity(x: np.ndarray, labels: Sequence[str], k: int = 10) -> float:
     """Share of a point's k nearest neighbours that carry its own label, mean over points: 0 to 1.
 
@@ -232,8 +336,76 @@ def below_resting_point(
 
 
 def umap_map(x: np.ndarray, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
-    """A UMAP of the rows of x by cosine (McInnes et al. 2018): (n, D) float -> (n, 2) float32."""
+    """A UMAP of the rows of x by cosine (McInnes et al. 2018): (n, D) float -> (n, 2) float32.
+
+    Distances of all pairs are held: 4 n^2 bytes.
+    """
     import umap  # compiles on import, which takes seconds
 
-    reducer = umap.UMAP(n_neighbors=n_neighbors, metric="cosine", random_state=seed, n_jobs=1)
-    return reducer.fit_transform(x)
+    reducer = umap.UMAP(n_neighbors=n_neighbors, metric="precomputed", random_state=seed, n_jobs=1)
+    with _quiet_umap():
+        return reducer.fit_transform(_cosine_distances(x))
+
+
+def aligned_maps(
+    embeddings: Mapping[str, np.ndarray], n_neighbors: int = 15, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Maps of the same sentences under several models, each sentence at a comparable place.
+
+    All maps are laid out at once, with a term that holds each sentence near its place on the maps
+    beside (`umap.AlignedUMAP`), so that what has moved was moved by the model.
+
+    Args:
+        embeddings: name of a model -> (n, D) float; row i is the same sentence in all. Models
+            next to each other in the mapping are held together.
+        n_neighbors: neighbours by cosine that a map keeps together.
+        seed: equal seeds give equal maps.
+
+    Returns:
+        Name -> (n, 2) float32. A single model gets its `umap_map`. Memory: 4 n^2 bytes a model.
+    """
+    if len(embeddings) == 1:
+        return {name: umap_map(x, n_neighbors, seed) for name, x in embeddings.items()}
+    import umap
+
+    distances = [_cosine_distances(x) for x in embeddings.values()]
+    same = {i: i for i in range(len(distances[0]))}
+    mapper = umap.AlignedUMAP(
+        n_neighbors=n_neighbors, metric="precomputed", random_state=seed, transform_seed=seed
+    )
+    with _quiet_umap():
+        placed = mapper.fit_transform(distances, relations=[same] * (len(distances) - 1))
+    return dict(zip(embeddings, map(np.asarray, placed), strict=True))
+
+
+def _cosine_distances(x: np.ndarray) -> np.ndarray:
+    # UMAP's own way takes minutes where this takes a second: it compiles a search for neighbours,
+    # or calls a Python function for each pair.
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    distances = np.clip(1 - x @ x.T, 0, None)
+    np.fill_diagonal(distances, 0)
+    return distances
+
+
+@contextmanager
+def _quiet_umap() -> Iterator[None]:
+    # What it warns of is meant: a seed means one thread, and no map is inverted.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="n_jobs value|using precomputed metric")
+        yield
+
+
+def map_trustworthiness(x: np.ndarray, xy: np.ndarray, k: int = 10) -> float:
+    """How far a map's neighbours are neighbours in the full space too: 0 to 1, higher is better.
+
+    Each of the k nearest on the map that is none of the k nearest by cosine costs its rank beyond
+    k (Venna & Kaski 2001). Memory grows with n squared: 1.5 GB for 8,000 points.
+
+    Args:
+        x: (n, D) float, the embeddings; n > 2 k.
+        xy: (n, 2) float, the map.
+        k: neighbours looked at.
+    """
+    from sklearn.manifold import trustworthiness
+
+    return float(trustworthiness(x, xy, n_neighbors=k, metric="cosine"))

@@ -295,6 +295,8 @@ def pull_by_decile(table: pd.DataFrame) -> Figure:
 def plane(table: pd.DataFrame) -> Figure:
     """Alignment against uniformity: a path per run, from an open marker to a filled one.
 
+    Grey lines join points of equal alignment + uniformity, the sum that Wang & Isola 2020 minimise.
+
     Args:
         table: columns "run" (a key of `NAMES`), "step", "alignment", "uniformity".
     """
@@ -305,11 +307,19 @@ def plane(table: pd.DataFrame) -> Figure:
         style = {"marker": _MARKERS[run], "markersize": 9, "color": COLOURS[run]}
         axes.plot(first["uniformity"], first["alignment"], markerfacecolor="white", **style)
         axes.plot(last["uniformity"], last["alignment"], **style)
+    axes.margins(0.12)
+    axes.autoscale_view()
+    x, y = np.meshgrid(*(np.linspace(*ends, 50) for ends in (axes.get_xlim(), axes.get_ylim())))
+    contours = axes.contour(x, y, x + y, levels=6, colors="0.75", linewidths=1, zorder=0)
+    contours.set_linestyle("solid")
+    axes.clabel(contours, fmt="%.2f", fontsize=8, colors="0.45")
     axes.set(
         xlabel="uniformity, log E exp(−2‖x−y‖²) (lower is better)",
         ylabel="alignment, E‖x−y‖² (lower is better)",
     )
-    axes.legend()
+    lines, names = axes.get_legend_handles_labels()
+    lines.append(Line2D([], [], color="0.75", lw=1))
+    axes.legend(lines, [*names, "equal alignment + uniformity"], frameon=True, edgecolor="none")
     return figure
 
 
@@ -359,23 +369,37 @@ def similarity_distribution(table: pd.DataFrame) -> Figure:
     return figure
 
 
+OTHERS = "other articles"
+
+
+def group_colours(groups: Sequence[str]) -> dict[str, str]:
+    """A colour for each of at most eight groups, and grey for `OTHERS`, which comes first."""
+    colours = sns.color_palette("colorblind", 10).as_hex()
+    del colours[7]  # its own grey
+    return {OTHERS: "#C8C8C8"} | dict(zip(groups, colours[:8], strict=False))
+
+
 @plt.rc_context(STYLE)
 def maps(table: pd.DataFrame, groups: Sequence[str]) -> Figure:
     """Two-dimensional maps of the same sentences, one panel per encoder, coloured by group.
 
     Args:
         table: columns "encoder" (a title), "x", "y", "group".
-        groups: at most eight groups, in the order of the legend.
+        groups: at most eight groups, in the order of the legend; all others are small and grey.
     """
     titles = list(dict.fromkeys(table["encoder"]))
     figure, axes = _axes(len(titles), width=4.0, height=4.2)
-    colours = sns.color_palette("colorblind", len(groups))
-    shapes = "osD^vPX*"
+    colours = group_colours(groups)
     for axis, title in zip(axes, titles, strict=True):
         rows = table[table["encoder"] == title]
-        for group, colour, shape in zip(groups, colours, shapes, strict=False):
+        others = rows[~rows["group"].isin(groups)]
+        if len(others):
+            axis.scatter(others["x"], others["y"], s=2, color=colours[OTHERS], label=OTHERS, lw=0)
+        for group, shape in zip(groups, "osD^vPX*", strict=False):
             part = rows[rows["group"] == group]
-            axis.scatter(part["x"], part["y"], s=9, color=colour, marker=shape, label=group, lw=0)
+            axis.scatter(
+                part["x"], part["y"], s=9, color=colours[group], marker=shape, label=group, lw=0
+            )
         axis.set(title=title, xlabel="UMAP 1", xticks=[], yticks=[])
     axes[0].set_ylabel("UMAP 2")
     figure.legend(

@@ -1,5 +1,6 @@
 """The embedded study: both objectives trained, scored and drawn; what is done is reused."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,33 @@ def pick_runs(source: str | Path = SHORT, seed: int = 0) -> dict[str, TrainResul
     return {
         "encoder": TrainResult(config, Path(source), encoder, [], [scored], {"kept_step": 0}, {})
     }
+
+
+def with_untrained(runs: Mapping[str, TrainResult]) -> dict[str, SentenceEncoder]:
+    """The encoders to put side by side: where training began, under "untrained", and where it led.
+
+    A run of no steps, what `pick_runs` makes of an encoder, stands for itself alone.
+    """
+    encoders = {}
+    for key, run in runs.items():
+        if run.steps != [0]:
+            encoders.setdefault("untrained", run.encoder_at(0))
+        encoders[key] = run.encoder
+    return encoders
+
+
+def trajectories(runs: Mapping[str, TrainResult]) -> pd.DataFrame:
+    """Every scoring of every run on Lee's documents.
+
+    Returns:
+        Columns "run" (the key), "step", "alignment", "uniformity", "score" (100 x Spearman).
+    """
+    table = pd.concat(
+        [pd.DataFrame(run.evaluations).assign(run=key) for key, run in runs.items()],
+        ignore_index=True,
+    )
+    table = table.rename(columns={"lee": "score"}).rename(columns=lambda c: c.removeprefix("lee_"))
+    return table[["run", "step", "alignment", "uniformity", "score"]]
 
 
 def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:
@@ -126,8 +154,7 @@ def draw(
     merged = losses.merge(evaluations, on=["run", "step"], how="outer", sort=True)
     plots.save(plots.training(losses, evaluations), merged, folder / "training")
 
-    path = evaluations.rename(columns=lambda c: c.removeprefix("lee_"))
-    path = path[["run", "step", "alignment", "uniformity"]]
+    path = trajectories(runs).drop(columns="score")
     plots.save(plots.plane(path), path, folder / "alignment_uniformity")
 
     config = runs["focal_info_nce"].config

@@ -1,5 +1,7 @@
 """Numbers behind the pictures, against brute force."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,84 @@ def test_batch_similarities_are_what_the_loss_sees(minilm, sentences):
     # Two views of one sentence are nearest to each other, and dropout keeps them apart.
     assert torch.equal(sim.argmax(dim=1), torch.arange(8))
     assert (sim.diagonal() < 1 - 1e-4).all()
+
+
+@pytest.mark.parametrize("anchor", [0, 7])
+def test_the_negatives_of_an_anchor_carry_the_gradient_of_its_own_loss(sim, anchor):
+    x = sim.clone().requires_grad_()
+    table = analysis.anchor_negatives(sim, anchor, 0.1, 0.4)
+    assert sorted(table["negative"]) == [j for j in range(20) if j != anchor]
+    assert table["similarity"].is_monotonic_decreasing
+    for key, loss in (
+        ("info_nce", losses.info_nce(x, 0.1)),
+        ("focal_info_nce", losses.focal_info_nce(x, 0.1, 0.4)),
+        ("hardness_info_nce", losses.hardness_info_nce(x, 0.1)),
+    ):
+        (gradient,) = torch.autograd.grad(20 * loss, x)
+        by_hand = gradient[anchor][torch.tensor(table["negative"])]
+        np.testing.assert_allclose(table[key], by_hand, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.5, 0.9])
+def test_likely_false_negatives_by_brute_force(sim, quantile):
+    labels = ["a", "b", "c", "d"] * 5
+    mean = {(i, j): (sim[i, j].item() + sim[j, i].item()) / 2 for i in range(20) for j in range(i)}
+    ordered = sorted(mean.values())
+    expected = {
+        (j, i): value
+        for (i, j), value in mean.items()
+        if labels[i] == labels[j]
+        and sum(other <= value for other in ordered) > quantile * (len(ordered) - 1)
+    }
+    table = analysis.likely_false_negatives(sim, labels, quantile)
+    found = dict(zip(zip(table["i"], table["j"], strict=True), table["similarity"], strict=True))
+    assert found == pytest.approx(expected)
+    assert table["similarity"].is_monotonic_decreasing
+    assert expected
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Three models of 150 sentences: five crowds, each model with noise of its own."""
+    rng = np.random.default_rng(0)
+    crowds = np.repeat(rng.normal(size=(5, 16)), 30, axis=0) + 0.4 * rng.normal(size=(150, 16))
+    return {name: crowds + 0.2 * rng.normal(size=crowds.shape) for name in ("a", "b", "c")}
+
+
+def test_aligned_maps_are_deterministic_and_closer_than_maps_of_their_own(models):
+    maps = analysis.aligned_maps(models)
+    again = analysis.aligned_maps(models)
+    assert list(maps) == list(models)
+    for name in models:
+        assert maps[name].shape == (150, 2)
+        np.testing.assert_array_equal(maps[name], again[name])
+    alone = {name: analysis.umap_map(x) for name, x in models.items()}
+
+    def moved(maps):
+        """Mean way of a sentence from one map to the next, beside the maps' own extent."""
+        places = list(maps.values())
+        ways = [np.linalg.norm(x - y, axis=1).mean() for x, y in pairwise(places)]
+        return np.mean(ways) / np.mean([np.linalg.norm(x - x.mean(0), axis=1) for x in places])
+
+    assert moved(maps) < 0.5 * moved(alone)
+
+
+def test_a_single_model_gets_a_map_of_its_own(models):
+    (xy,) = analysis.aligned_maps({"a": models["a"]}, seed=1).values()
+    np.testing.assert_array_equal(xy, analysis.umap_map(models["a"], seed=1))
+    assert not np.array_equal(xy, analysis.umap_map(models["a"], seed=2))
+
+
+def test_trustworthiness_by_brute_force(models):
+    x, k = models["a"], 7
+    xy = np.random.default_rng(1).normal(size=(150, 2))
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cost = 0
+    for i in range(150):
+        others = [j for j in range(150) if j != i]
+        rank = {j: r for r, j in enumerate(sorted(others, key=lambda j: -(unit[i] @ unit[j])), 1)}
+        nearest = sorted(others, key=lambda j: np.linalg.norm(xy[i] - xy[j]))[:k]
+        cost += sum(rank[j] - k for j in nearest if rank[j] > k)
+    expected = 1 - 2 * cost / (150 * k * (2 * 150 - 3 * k - 1))
+    assert analysis.map_trustworthiness(x, xy, k) == pytest.approx(expected)
+    assert analysis.map_trustworthiness(x, analysis.umap_map(x), k) > 0.9 > expected

@@ -110,3 +110,22 @@ def test_a_run_stands_in_the_row_of_its_backbone():
     rows = dict(zip([t.get_text() for t in axes.get_yticklabels()], axes.get_yticks(), strict=True))
     run = [line for line in axes.lines if list(line.get_xdata()) == [75.5]]
     assert [line.get_ydata()[0] for line in run] == [pytest.approx(rows["roberta-base"], abs=0.3)]
+
+
+def test_lines_of_the_plane_join_equal_sums():
+    (axes,) = plots.plane(STEPS).axes
+    (contours,) = [c for c in axes.collections if hasattr(c, "levels")]
+    drawn = [path.vertices.sum(axis=1) for path in contours.get_paths()]
+    for level, sums in zip(contours.levels, drawn, strict=True):
+        np.testing.assert_allclose(sums, level, atol=1e-6)
+    assert sum(len(sums) > 0 for sums in drawn) >= 3
+
+
+def test_sentences_of_no_group_are_drawn_grey():
+    table = pd.DataFrame({"encoder": "e", "x": [0, 1, 2], "y": [1, 0, 2], "group": ["a", "b", "c"]})
+    (axes,) = plots.maps(table, ["a", "b"]).axes
+    grey = [c for c in axes.collections if c.get_label() == plots.OTHERS]
+    np.testing.assert_array_equal(grey[0].get_offsets(), [[2, 2]])
+    (axes,) = plots.maps(table, ["a", "b", "c"]).axes
+    assert plots.OTHERS not in [c.get_label() for c in axes.collections]
+    assert len(set(plots.group_colours("abcdefgh").values())) == 9

@@ -1,5 +1,17 @@
 """Interactive panels over the same functions that the notebooks call."""
 
 from fcse.widgets.ablation import AblationPanel
+from fcse.widgets.maps import MapExplorer
+from fcse.widgets.negatives import NegativeExplorer
+from fcse.widgets.picker import RunPicker
+from fcse.widgets.plane import TrajectoryPlane
+from fcse.widgets.training import TrainingPanel
 
-__all__ = ["AblationPanel"]
+__all__ = [
+    "AblationPanel",
+    "MapExplorer",
+    "NegativeExplorer",
+    "RunPicker",
+    "TrainingPanel",
+    "TrajectoryPlane",
+]

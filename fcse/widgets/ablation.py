@@ -1,135 +1,322 @@
 """The loss under your hands: sliders, and what they do to the curves and to a real batch."""
 
-import io
+import html
+import textwrap
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from fcse import analysis, plots
-from fcse.losses import focal_info_nce, info_nce
+from fcse.losses import Modulate
+from fcse.losses import loss as batch_loss
+from fcse.recipes import recipe
+from fcse.training import TrainConfig
+from fcse.widgets.pictures import encode, image, panel
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "info_nce": {"positives": False, "negatives": False, "alpha": 0.0},
+    "focal_info_nce": {
+        "positives": True,
+        "negatives": True,
+        "stop_gradient": False,
+        "m": 0.3,
+        "alpha": 0.0,
+    },
+    "hardness_info_nce": {"positives": False, "negatives": False, "alpha": analysis.ALPHA},
+}
+"""Objective -> what its button sets; the temperature stays."""
+
+_SYMBOLS = (
+    "<i>s</i>: cosine similarity of anchor and candidate; <i>τ</i>: temperature; <i>m</i>: shift "
+    "of the negatives’ modulation; <i>α</i>: hardness weight; sg(·): taken as a constant, no "
+    "gradient flows through it; pull: the loss’s derivative by <i>s</i>, slope times softmax "
+    "probability. Controls in grey do not act on the loss chosen."
+)
+_TOP = 8
 
 
 class AblationPanel:
-    """Sliders for temperature and m, a choice of modulation; curves and a real batch redraw.
+    """Controls of the loss; its curves, its pull on a real batch and one row's softmax redraw.
 
-    Three linked views: the logit of a negative over its similarity, its slope (the strength of
-    the pull), and the share of a real batch's pull that falls on each decile of similarity.
-    InfoNCE at the same temperature stands beside as the reference. The axes stay where they are,
-    so that a steeper curve looks steeper, and a redraw is cheap: only what moves is drawn.
+    Linked views: the logit over the similarity, its slope (the strength of the pull) with the
+    resting point, the share of the batch's pull on negatives that falls on each decile of
+    similarity, and the candidates of one anchor with their probabilities. InfoNCE at the same
+    temperature stands beside as the reference. The axes stay where they are, so that a steeper
+    curve looks steeper, and a redraw is cheap: only what moves is drawn.
+
+    The modulation and the hardness weight exclude each other: with a part of the modulation on,
+    the loss is Focal-InfoNCE and alpha rests; else alpha above 0 makes it the hardness-weighted
+    softmax, and alpha 0 InfoNCE.
 
     Attributes:
         widget: what a notebook displays.
-        temperature, m, modulate: the controls; setting `.value` redraws.
+        temperature, m, alpha, positives, negatives, stop_gradient, anchor: the controls; setting
+            `.value` redraws.
+        presets: objective -> its button, see `PRESETS`.
         png: the present picture, for readers without a running kernel.
+        table: the present candidates, see `analysis.candidates`.
         seconds: how long the last redraw took.
     """
 
-    def __init__(self, sim: Tensor) -> None:
+    def __init__(self, sim: Tensor, sentences: Sequence[str]) -> None:
         """Build the panel.
 
         Args:
             sim: (N, N) float, a real batch's similarity matrix, positives on the diagonal.
+            sentences: the batch, N sentences.
+
+        Raises:
+            ValueError: `sim` is not square, or has not one row a sentence.
         """
-        self.sim = sim
-        label = {"style": {"description_width": "9em"}, "layout": {"width": "26em"}}
-        self.temperature = widgets.FloatSlider(
-            0.05, min=0.01, max=0.5, step=0.01, description="temperature τ", **label
-        )
-        self.m = widgets.FloatSlider(0.3, min=-0.5, max=1.0, step=0.05, description="m", **label)
-        self.modulate = widgets.ToggleButtons(
-            options=["both", "positive", "negative", "none"],
-            description="modulate",
-            style={"description_width": "9em", "button_width": "6em"},
-        )
+        if sim.shape != (len(sentences), len(sentences)):
+            raise ValueError(
+                f"sim must be (N, N) for N sentences, got {tuple(sim.shape)} for {len(sentences)}"
+            )
+        # At the lowest temperatures every negative's probability underflows in float32.
+        self.sim = sim.double()
+        self.sentences = list(sentences)
+        self._setting = False
+        self._make_controls()
         self._facts = widgets.HTML()
-        self._picture = widgets.Image(format="png", layout={"max_width": "100%"})
+        self._picture = widgets.HTML()
+        self._candidates = widgets.HTML()
         self._draw_background()
-        for control in (self.temperature, self.m, self.modulate):
-            control.observe(lambda _: self.redraw(), names="value")
         self.redraw()
-        sliders = widgets.HBox([self.temperature, self.m], layout={"flex_flow": "row wrap"})
-        self.widget = widgets.VBox([sliders, self.modulate, self._facts, self._picture])
+        self.widget = panel(
+            [
+                [widgets.Label("set to"), *self.presets.values()],
+                [self.temperature, self.m, self.alpha],
+                [self.positives, self.negatives, self.stop_gradient],
+                self._facts,
+                self._picture,
+                self.anchor,
+                self._candidates,
+            ]
+        )
+
+    def _make_controls(self) -> None:
+        def slider(value: float, description: str, **span: float) -> widgets.FloatSlider:
+            return widgets.FloatSlider(
+                value,
+                description=description,
+                style={"description_width": "8em"},
+                layout={"width": "26em"},
+                **span,
+            )
+
+        def toggle(value: bool, description: str) -> widgets.Checkbox:
+            return widgets.Checkbox(
+                value, description=description, indent=False, layout={"width": "16em"}
+            )
+
+        self.temperature = slider(0.05, "temperature τ", min=0.01, max=0.5, step=0.01)
+        self.m = slider(0.3, "m", min=-0.5, max=1.0, step=0.05)
+        self.alpha = slider(0.0, "hardness α", min=0.0, max=20.0, step=0.5)
+        self.positives = toggle(True, "modulate positives")
+        self.negatives = toggle(True, "modulate negatives")
+        self.stop_gradient = toggle(False, "stop-gradient")
+        self.anchor = widgets.Dropdown(
+            options=[
+                (f"{i}: {textwrap.shorten(sentence, 90, placeholder=' …')}", i)
+                for i, sentence in enumerate(self.sentences)
+            ],
+            description="anchor",
+            style={"description_width": "4em"},
+            layout={"width": "min(60em, 98%)"},
+        )
+        sliders = (self.temperature, self.m, self.alpha)
+        toggles = (self.positives, self.negatives, self.stop_gradient)
+        for control in (*sliders, *toggles, self.anchor):
+            control.observe(lambda _: self.redraw(), names="value")
+        self.presets = {}
+        for key in PRESETS:
+            button = widgets.Button(description=plots.NAMES[key], layout={"width": "14em"})
+            button.on_click(lambda _, key=key: self.set_to(key))
+            self.presets[key] = button
 
     @property
-    def png(self) -> bytes:
-        """The present picture, for readers without a running kernel."""
-        return bytes(self._picture.value)
+    def loss(self) -> dict[str, Any]:
+        """The loss chosen, as arguments of `losses.gradient_weights`: those that act on it."""
+        # A browser may send 0.30000000000000004, which would be another run.
+        m, alpha = round(self.m.value, 6), round(self.alpha.value, 6)
+        loss: dict[str, Any] = {"temperature": round(self.temperature.value, 6)}
+        modulate = self._modulate
+        if modulate == "none":
+            if alpha == 0:
+                return loss | {"objective": "info_nce"}
+            return loss | {"objective": "hardness_info_nce", "alpha": alpha}
+        loss |= {"objective": "focal_info_nce", "modulate": modulate}
+        if self.negatives.value:
+            loss["m"] = m
+        return loss | {"stop_gradient": self.stop_gradient.value}
 
+    @property
+    def config(self) -> TrainConfig:
+        """The short run that trains this very loss."""
+        return replace(recipe("minilm-short"), **self.loss)
+
+    @property
+    def _modulate(self) -> Modulate:
+        if self.positives.value:
+            return "both" if self.negatives.value else "positive"
+        return "negative" if self.negatives.value else "none"
+
+    def set_to(self, objective: str) -> None:
+        """Set the controls to an objective of `PRESETS`, in one redraw."""
+        self._setting = True
+        for name, value in PRESETS[objective].items():
+            getattr(self, name).value = value
+        self._setting = False
+        self.redraw()
+
+    @plt.rc_context(plots.STYLE)
     def _draw_background(self) -> None:
-        with plt.rc_context(plots.STYLE | {"figure.dpi": 80}):
-            figure, (logit, slope, share) = plt.subplots(
-                1, 3, figsize=(13, 3.8), layout="constrained"
-            )
-        plt.close(figure)
+        figure = Figure(figsize=(13, 4.2), dpi=90, layout="constrained")
+        logit, slope, share = figure.subplots(1, 3)
         self._canvas = FigureCanvasAgg(figure)
-        self._curves = {}
-        for key, side in (("info_nce", -0.2), ("focal_info_nce", 0.2)):
-            line = {"color": plots.COLOURS[key], "lw": 2.5, "animated": True}
-            line["label"] = "InfoNCE" if key == "info_nce" else "with the modulation chosen"
-            (of_logit,) = logit.plot([], [], **line)
-            (of_slope,) = slope.plot([], [], **line)
-            bars = share.bar(
-                np.arange(1, 11) + side, np.zeros(10), 0.38, color=line["color"], animated=True
+        # Wide and pale below, narrow and full above: both show where they coincide, and in grey.
+        reference = {"color": plots.COLOURS["info_nce"], "alpha": 0.45}
+        chosen = {"color": plots.COLOURS["focal_info_nce"]}
+        self._lines = {}
+        for axes, column in ((logit, "logit"), (slope, "slope")):
+            (plain,) = axes.plot([], [], lw=6, label="InfoNCE", animated=True, **reference)
+            (negative,) = axes.plot(
+                [], [], lw=2.5, label="chosen loss, a negative", animated=True, **chosen
             )
-            self._curves[key] = of_logit, of_slope, bars
-        self._rest = slope.axvline(0, color="black", lw=1.2, ls=":", animated=True)
-        slope.axhline(0, color="black", lw=0.8)
-        logit.set(xlabel="similarity s of a negative", ylabel="logit", ylim=(-25, 30))
-        slope.set(xlabel="similarity s of a negative", ylabel="slope d logit / d s", ylim=(-50, 60))
-        for axes in (logit, slope):
-            axes.set(xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
+            (positive,) = axes.plot(
+                [], [], lw=2, ls="--", label="chosen loss, a positive", animated=True, **chosen
+            )
+            self._lines[column] = plain, positive, negative
+            axes.set(xlabel="similarity s", xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
+            axes.axhline(0, color="black", lw=0.8)
+        self._bars = [
+            share.bar(np.arange(1, 11) + side, np.zeros(10), 0.4, animated=True, **style)
+            for side, style in ((-0.2, reference), (0.2, chosen))
+        ]
+        self._rest = slope.axvline(
+            0, color="black", lw=1.5, ls=":", animated=True, label="resting point of a negative"
+        )
+        logit.set(ylabel="logit", ylim=(-25, 30))
+        slope.set(ylabel="slope, d logit / d s", ylim=(-50, 60))
         share.set(
             xlabel="decile of similarity (10 = hardest)",
-            ylabel="share of the pull [%]",
+            ylabel="share of the pull on negatives [%]",
             xticks=range(1, 11),
             ylim=(0, 100),
         )
-        logit.legend(loc="upper left")
+        figure.legend(
+            handles=[*self._lines["slope"], self._rest], loc="outside upper left", ncols=4
+        )
         self._canvas.draw()
         self._background = self._canvas.copy_from_bbox(figure.bbox)
 
     def redraw(self) -> None:
         """Bring all views in line with the controls."""
+        if self._setting:
+            return
         started = time.perf_counter()
-        temperature, m, modulate = self.temperature.value, self.m.value, self.modulate.value
-        negatives = modulate in ("both", "negative")
-        s = np.linspace(-1, 1, 201)
-        shares = {
-            "info_nce": analysis.decile_shares(
-                self.sim, objective="info_nce", temperature=temperature
-            ),
-            "focal_info_nce": analysis.decile_shares(
-                self.sim, temperature=temperature, m=m, modulate=modulate
-            ),
-        }
-        self._canvas.restore_region(self._background)
-        for key, (of_logit, of_slope, bars) in self._curves.items():
-            modulated = negatives and key == "focal_info_nce"
-            of_logit.set_data(s, (s * (s + m) if modulated else s) / temperature)
-            of_slope.set_data(s, (2 * s + m if modulated else np.ones_like(s)) / temperature)
-            for bar, share in zip(bars, shares[key], strict=True):
-                bar.set_height(100 * share)
-            for artist in (of_logit, of_slope, *bars):
-                artist.axes.draw_artist(artist)
-        if negatives:
-            self._rest.set_xdata([-m / 2, -m / 2])
-            self._rest.axes.draw_artist(self._rest)
-        self._picture.value = self._encode()
-        plain = info_nce(self.sim, temperature).item()
-        chosen = focal_info_nce(self.sim, temperature, m, modulate).item()
-        rest = f"; <b>resting point</b> s = −m/2 = {-m / 2:.3f}" if negatives else ""
-        self._facts.value = (
-            f"<b>loss of this batch</b> [nats]: InfoNCE {plain:.4f}, modulated {chosen:.4f}{rest}"
+        loss = self.loss
+        reference = {"objective": "info_nce", "temperature": loss["temperature"]}
+        self.m.disabled = not self.negatives.value
+        self.stop_gradient.disabled = self._modulate == "none"
+        self.alpha.disabled = not self.stop_gradient.disabled
+        shares = [analysis.decile_shares(self.sim, **each) for each in (reference, loss)]
+        rest = analysis.resting_point(**loss)
+        self._draw(analysis.curve(101, **reference), analysis.curve(101, **loss), shares, rest)
+        plain, chosen = (batch_loss(self.sim, **each).item() for each in (reference, loss))
+        name, variant = plots.NAMES[loss["objective"]], plots.NAMES[self.config.key]
+        name = name if name == variant else f"{name} ({variant})"
+        self._facts.value = _describe(name, loss, rest, plain, chosen)
+        self.table = analysis.candidates(self.sim, self.sentences, self.anchor.value, **loss)
+        self._candidates.value = _candidates_html(self.table, self.anchor.value)
+        self.png = encode(self._canvas)
+        self._picture.value = image(
+            self.png,
+            f"Logit, slope and share of the pull by decile: {name} at temperature "
+            f"{loss['temperature']:g} beside InfoNCE. The hardest tenth of the negatives gets "
+            f"{100 * shares[1][-1]:.0f} % of the pull, under InfoNCE {100 * shares[0][-1]:.0f} %.",
         )
         self.seconds = time.perf_counter() - started
 
-    def _encode(self) -> bytes:
-        buffer = io.BytesIO()
-        picture = Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
-        picture.save(buffer, "png", compress_level=1)
-        return buffer.getvalue()
+    def _draw(
+        self,
+        reference: pd.DataFrame,
+        chosen: pd.DataFrame,
+        shares: Sequence[np.ndarray],
+        rest: float | None,
+    ) -> None:
+        self._canvas.restore_region(self._background)
+        for column, (plain, positive, negative) in self._lines.items():
+            plain.set_data(reference["similarity"], reference[column])
+            positive.set_data(chosen["similarity"], chosen[f"positive_{column}"])
+            negative.set_data(chosen["similarity"], chosen[column])
+            for line in (plain, positive, negative):
+                line.axes.draw_artist(line)
+        for bars, share in zip(self._bars, shares, strict=True):
+            for bar, height in zip(bars, share, strict=True):
+                bar.set_height(100 * height)
+                bar.axes.draw_artist(bar)
+        if rest is not None:
+            self._rest.set_xdata([rest, rest])
+            self._rest.axes.draw_artist(self._rest)
+
+
+def _describe(
+    name: str, loss: dict[str, Any], rest: float | None, plain: float, chosen: float
+) -> str:
+    """The loss in words and formulas, its value and its resting point, as HTML."""
+    arguments = analysis.logit_arguments(**loss)
+    modulate, alpha = arguments["modulate"], arguments["alpha"]
+    factor = "sg(<i>s</i>)" if loss.get("stop_gradient") else "<i>s</i>"
+    positive, negative = "<i>s</i>/<i>τ</i>", "<i>s</i>/<i>τ</i>"
+    if modulate in ("both", "positive"):
+        positive = f"<i>s</i> · {factor}/<i>τ</i>"
+    if modulate in ("both", "negative"):
+        negative = f"<i>s</i> · ({factor} + <i>m</i>)/<i>τ</i>"
+    if alpha:
+        negative += " + <i>α</i> · sg(<i>s</i>)"
+    point = "none: the negatives are not modulated"
+    if rest is not None:
+        formula = "−<i>m</i>" if loss["stop_gradient"] else "−<i>m</i>/2"
+        point = f"<i>s</i> = {formula} = {rest + 0:.3f}".replace("-", "−")
+    return (
+        '<div style="max-width: 75em">'
+        f"<b>{html.escape(name)}</b>: logit of a positive {positive}, of a negative {negative}; "
+        f"<b>resting point</b> {point}<br>"
+        f"<b>loss of this batch</b> [nats]: InfoNCE {plain:.4f}, chosen {chosen:.4f}<br>"
+        f"{_SYMBOLS}</div>"
+    )
+
+
+def _candidates_html(table: pd.DataFrame, anchor: int) -> str:
+    """The most similar candidates of an anchor, its positive always among them, as HTML."""
+    top = table.head(_TOP)
+    if anchor not in set(top["candidate"]):
+        own = table[table["candidate"] == anchor]
+        top = pd.concat([top.head(_TOP - 1), own])
+    cell = '<td class="number">'
+    rows = []
+    for row in top.itertuples():
+        kind = "positive" if row.candidate == anchor else "negative"
+        weight = "bold" if row.candidate == anchor else "normal"
+        rows.append(
+            f'<tr style="font-weight: {weight}"><td>{kind}</td>{cell}{row.similarity:.3f}</td>'
+            f"{cell}{100 * row.info_nce:.2f}</td>{cell}{100 * row.chosen:.2f}</td>"
+            f"<td>{html.escape(row.sentence)}</td></tr>"
+        )
+    heads = ("kind", "similarity s", "InfoNCE [%]", "chosen loss [%]", "candidate")
+    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+    return (
+        f"<table><caption>Row softmax of the anchor: probability of its {len(top)} most similar "
+        f"candidates of {len(table)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )

@@ -1,0 +1,144 @@
+"""Maps of the same sentences side by side: what is selected in one is selected in all."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+import ipywidgets as widgets
+import jscatter
+import numpy as np
+import pandas as pd
+
+from fcse import plots
+
+ROWS = 25
+"""Selected sentences that are listed."""
+
+
+class MapExplorer:
+    """Scatter plots with a sentence on hover, linked by selection, and a list of what is selected.
+
+    A lasso (the toolbar's second button, or a long press) selects points; so do the two controls
+    above the maps, which a keyboard reaches: a group, or a word that the sentence holds.
+
+    Attributes:
+        widget: what a notebook displays.
+        group, word: the controls; setting `.value` selects.
+        scatters: name of a map -> its `jscatter.Scatter`.
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[str, np.ndarray],
+        sentences: Sequence[str],
+        labels: Sequence[str],
+        groups: Sequence[str],
+    ) -> None:
+        """Build the explorer.
+
+        Args:
+            maps: title -> (n, 2) float, as of `analysis.aligned_maps`.
+            sentences: n sentences.
+            labels: what each belongs to, such as its article.
+            groups: at most eight labels that get a colour; all others are grey.
+        """
+        self._table = pd.DataFrame({"sentence": sentences, "article": labels})
+        group = self._table["article"].where(self._table["article"].isin(groups), plots.OTHERS)
+        colours = plots.group_colours(groups)
+        self._table["group"] = pd.Categorical(group, [*colours])
+        # Grey points lie beneath, wherever they come in the corpus.
+        order = np.argsort(self._table["group"] != plots.OTHERS, kind="stable")
+        self.scatters = {
+            title: jscatter.Scatter(
+                "x",
+                "y",
+                data=self._table.assign(x=xy[:, 0], y=xy[:, 1]),
+                color_by="group",
+                color_map=colours,
+                color_selected="black",
+                size=4,
+                opacity=0.7,
+                opacity_by=None,
+                opacity_unselected=0.15,
+                order_by=order,
+                axes=False,
+                tooltip=True,
+                tooltip_properties=["article"],
+                tooltip_histograms=False,
+                tooltip_preview="sentence",
+                tooltip_preview_text_lines=8,
+                tooltip_size="medium",
+            )
+            for title, xy in maps.items()
+        }
+        style = {"style": {"description_width": "9em"}}
+        self.group = widgets.Dropdown(options=["", *colours], description="select a group", **style)
+        self.word = widgets.Text(
+            description="select by word", placeholder="and press Enter", continuous_update=False
+        )
+        self.word.style.description_width = "9em"
+        self._list = widgets.HTML()
+        self.group.observe(self._select_group, names="value")
+        self.word.observe(self._select_word, names="value")
+        plane = jscatter.compose(
+            [(scatter, title) for title, scatter in self.scatters.items()],
+            sync_view=True,
+            sync_selection=True,
+            sync_hover=True,
+            row_height=420,
+        )
+        self._first.widget.observe(lambda _: self._show(), names="selection")
+        self._show()
+        legend = widgets.HTML(
+            " &nbsp; ".join(
+                f"<span style='color:{colour}; font-size:150%'>●</span> {html.escape(name)}"
+                for name, colour in colours.items()
+            )
+        )
+        self.widget = widgets.VBox(
+            [
+                widgets.HBox([self.group, self.word], layout={"flex_flow": "row wrap"}),
+                legend,
+                plane,
+                self._list,
+            ]
+        )
+
+    @property
+    def selection(self) -> np.ndarray:
+        """Rows of the selected sentences, ascending: (k,) int."""
+        chosen = self._first.widget.selection
+        return np.sort(np.asarray([] if chosen is None else chosen, dtype=int))
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Select sentences by their rows, in every map."""
+        self._first.widget.selection = np.asarray(rows, dtype=np.uint32)
+
+    @property
+    def selected(self) -> pd.DataFrame:
+        """The selected sentences: columns "article", "sentence"."""
+        return self._table.loc[self.selection, ["article", "sentence"]]
+
+    @property
+    def _first(self) -> jscatter.Scatter:
+        return next(iter(self.scatters.values()))
+
+    def _select_group(self, change: dict) -> None:
+        self.select(np.flatnonzero(self._table["group"] == change["new"]))
+
+    def _select_word(self, change: dict) -> None:
+        found = self._table["sentence"].str.contains(change["new"], case=False, regex=False)
+        self.select(np.flatnonzero(found) if change["new"] else [])
+
+    def _show(self) -> None:
+        selected = self.selected
+        rows = "".join(
+            f"<tr><td style='vertical-align:top; white-space:nowrap; padding-right:1em'>"
+            f"{html.escape(row.article)}</td><td>{html.escape(row.sentence)}</td></tr>"
+            for row in selected.head(ROWS).itertuples()
+        )
+        shown = f", the first {ROWS}" if len(selected) > ROWS else ""
+        self._list.value = (
+            "<div style='max-height:22em; overflow:auto; line-height:1.4' tabindex='0'>"
+            f"<table><caption style='text-align:left'><b>{len(selected)} of {len(self._table)} "
+            f"sentences selected</b>{shown}</caption><tbody>{rows}</tbody></table></div>"
+        )

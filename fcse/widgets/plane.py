@@ -1,0 +1,100 @@
+"""The plane of alignment and uniformity: a path per run, with its numbers on hover."""
+
+import ipywidgets as widgets
+import jscatter
+import numpy as np
+import pandas as pd
+
+from fcse import plots
+
+
+class TrajectoryPlane:
+    """Each run's way through training; lines of equal alignment + weight * uniformity behind it.
+
+    Attributes:
+        widget: what a notebook displays.
+        weight: how much uniformity counts in the sum; setting `.value` redraws the lines.
+        scatter: the `jscatter.Scatter`.
+    """
+
+    def __init__(self, path: pd.DataFrame) -> None:
+        """Build the plane.
+
+        Args:
+            path: columns "run" (a key of `plots.NAMES`), "step", "alignment", "uniformity",
+                "score" (100 x Spearman), as of `study.trajectories`.
+        """
+        self._path = path.reset_index(drop=True)
+        runs = list(dict.fromkeys(path["run"]))
+        names = [plots.NAMES[run] for run in runs]
+        table = self._path.assign(
+            loss=pd.Categorical(self._path["run"].map(plots.NAMES), names),
+            **{"Lee: Spearman × 100": self._path["score"].round(2)},
+        )
+        # Room around the points, for the lines to be seen.
+        self._x, self._y = (_padded(path[column]) for column in ("uniformity", "alignment"))
+        self.scatter = jscatter.Scatter(
+            "uniformity",
+            "alignment",
+            data=table,
+            x_scale=self._x,
+            y_scale=self._y,
+            color_by="loss",
+            color_map={plots.NAMES[run]: plots.COLOURS[run] for run in runs},
+            size=9,
+            opacity=1,
+            opacity_by=None,
+            connect_by="loss",
+            connect_order="step",
+            connect_straight=True,
+            connection_color_by="inherit",
+            connection_opacity=0.7,
+            connection_size=3,
+            axes_labels=["uniformity (lower is better)", "alignment (lower is better)"],
+            axes_grid=False,
+            legend=True,
+            legend_size="medium",
+            tooltip=True,
+            tooltip_properties=["color", "step", "Lee: Spearman × 100", "x", "y"],
+            tooltip_histograms=False,
+            tooltip_size="medium",
+            height=460,
+        )
+        self.weight = widgets.FloatSlider(
+            1.0,
+            min=0,
+            max=2,
+            step=0.05,
+            description="weight of uniformity w",
+            style={"description_width": "12em"},
+            layout={"width": "32em"},
+        )
+        self._facts = widgets.HTML()
+        self.weight.observe(lambda _: self.redraw(), names="value")
+        self.redraw()
+        self.widget = widgets.VBox([self.weight, self._facts, self.scatter.widget])
+
+    def redraw(self) -> None:
+        """Bring lines and text in line with the weight."""
+        weight = self.weight.value
+        corners = [y + weight * x for x in self._x for y in self._y]
+        ends = np.array(self._x)
+        self.scatter.annotations(
+            [
+                jscatter.Line(
+                    [(x, level - weight * x) for x in ends], line_color="#00000033", line_width=1
+                )
+                for level in np.linspace(min(corners), max(corners), 12)[1:-1]
+            ]
+        )
+        total = self._path["alignment"] + weight * self._path["uniformity"]
+        best = self._path.loc[total.idxmin()]
+        self._facts.value = (
+            f"On a grey line alignment + {weight:.2f} · uniformity is the same. <b>Lowest</b>: "
+            f"{total.min():.3f}, {plots.NAMES[best['run']]} after step {best['step']:.0f}."
+        )
+
+
+def _padded(values: pd.Series) -> tuple[float, float]:
+    margin = max(0.12 * (values.max() - values.min()), 0.01)
+    return float(values.min() - margin), float(values.max() + margin)

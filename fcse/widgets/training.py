@@ -1,0 +1,411 @@
+"""A training run at the press of a button: its curves as it goes, and what came of it."""
+
+import hashlib
+import html
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from fcse import plots
+from fcse.errors import InputError
+from fcse.losses import effective_modulation
+from fcse.runs import RunFolder
+from fcse.training import TrainConfig
+from fcse.widgets.pictures import encode, image, panel
+
+_POLL = 0.5
+"""Seconds between two looks at a run's folder."""
+
+_NOTE = (
+    "Lee: 100 × Spearman against human judgements of news documents. One seed is no evidence for a "
+    "loss: a difference between single runs may be the seed’s. Train several seeds and compare "
+    "them with <code>fcse report</code>."
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run as far as it is: the loss of each step so far, the scores of each scoring."""
+
+    config: TrainConfig
+    folder: Path
+    losses: list[float]
+    evaluations: list[dict[str, float]]
+
+
+class TrainingPanel:
+    """A button that trains what a config says, in a process of its own, and shows it live.
+
+    The kernel stays free and its random state untouched; the process ends with the kernel. A run
+    whose settings and versions are there already is loaded. Finished runs join a table, each
+    numbered as its curves are.
+
+    Attributes:
+        widget: what a notebook displays.
+        encoder, corpus, upload, seed, steps: the fields that complete the config.
+        train_button, stop_button: "train this" and "stop".
+        message: what the panel says at present, or what the process complained of.
+        live: the run that is training or was broken off, as far as it is; else None.
+        finished: the runs of the table, in the order they joined.
+        png: the present picture.
+    """
+
+    def __init__(self, config: Callable[[], TrainConfig]) -> None:
+        """Build the panel.
+
+        Args:
+            config: gives what to train when the button is pressed, such as the config of an
+                `AblationPanel`; the panel's fields replace encoder, corpus, seed and steps in it.
+        """
+        self._base = config
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self.live: Progress | None = None
+        self.finished: list[Progress] = []
+        self._make_controls(config())
+        self._message = widgets.HTML()
+        self._picture = widgets.HTML()
+        self._table = widgets.HTML()
+        self._say("Nothing trained yet.")
+        self._draw()
+        self.widget = panel(
+            [
+                [self.encoder, self.corpus, self.upload],
+                [self.seed, self.steps, self.train_button, self.stop_button],
+                self._message,
+                self._picture,
+                self._table,
+            ]
+        )
+
+    def _make_controls(self, config: TrainConfig) -> None:
+        style = {"description_width": "5em"}
+        wide, narrow = {"width": "26em"}, {"width": "13em"}
+        self.encoder = widgets.Text(
+            str(config.encoder),
+            description="encoder",
+            tooltip="minilm (packaged), a model folder, or a hub name",
+            style=style,
+            layout=wide,
+        )
+        self.corpus = widgets.Text(
+            str(config.corpus),
+            description="corpus",
+            tooltip="wiki-mini (packaged), a text file with one sentence a line, or DATASET:COLUMN",
+            style=style,
+            layout=wide,
+        )
+        self.upload = widgets.FileUpload(
+            accept=".txt,text/plain",
+            description="upload a text file",
+            tooltip="UTF-8, one sentence a line",
+            layout=narrow,
+        )
+        self.seed = widgets.BoundedIntText(
+            config.seed, min=0, max=2**32 - 1, description="seed", style=style, layout=narrow
+        )
+        self.steps = widgets.BoundedIntText(
+            config.steps, min=1, max=10**6, description="steps", style=style, layout=narrow
+        )
+        self.train_button = widgets.Button(
+            description="train this", button_style="primary", layout=narrow
+        )
+        self.stop_button = widgets.Button(description="stop", disabled=True, layout=narrow)
+        self.upload.observe(lambda change: self._receive(change["new"]), names="value")
+        self.train_button.on_click(lambda _: self.start())
+        self.stop_button.on_click(lambda _: self.stop())
+
+    @property
+    def config(self) -> TrainConfig:
+        """What the button trains.
+
+        Raises:
+            InputError: a field is out of its range.
+        """
+        return replace(
+            self._base(),
+            encoder=self.encoder.value.strip(),
+            corpus=self.corpus.value.strip(),
+            seed=self.seed.value,
+            steps=self.steps.value,
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is training."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Train, or load the run where it is there; nothing while a run is training."""
+        if self.running:
+            return
+        try:
+            config = self.config
+            folder = RunFolder(config.folder, config.identity)
+            if folder.record() is not None:
+                run = _read(config, folder)
+                if not run.evaluations:
+                    raise InputError(f"{folder.path} holds no scores: delete it and train again")
+                self._join(run)
+                self._say("This run was there already: it is in the table.")
+                return
+            if folder.path.exists():
+                folder.start()  # else the curves of an interrupted try would show as this one's
+        except (InputError, OSError, ValueError) as error:
+            self._say(str(error), wrong=True)
+            return
+        self._stopping.clear()
+        self.live = Progress(config, folder.path, [], [])
+        self._mark_running(True)
+        self._say("Starting: the encoder and the corpus are loaded.")
+        self._thread = threading.Thread(target=self._watch, args=(config, folder), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the run that is training; harmless where none is."""
+        self._stopping.set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when no run is training any more, or after so many seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def close(self) -> None:
+        """End the run that is training and take the panel away."""
+        self.stop()
+        self.wait()
+        for child in (*self.widget.children, self.widget):
+            child.close()
+
+    def _watch(self, config: TrainConfig, folder: RunFolder) -> None:
+        """Train in a process and show the run until that has ended; runs in a thread."""
+        try:
+            with (
+                tempfile.TemporaryFile() as complaints,
+                subprocess.Popen(
+                    _command(config, folder.path),
+                    stdin=subprocess.PIPE,  # it ends when this pipe does
+                    stdout=subprocess.DEVNULL,
+                    stderr=complaints,
+                ) as process,
+            ):
+                while process.poll() is None and not self._stopping.wait(_POLL):
+                    self._look(config, folder)
+                _end(process)
+                self._look(config, folder)
+                if process.returncode == 0:
+                    self._join(self.live)
+                    self._say("Trained: it is in the table.")
+                elif self._stopping.is_set():
+                    self._say(f"Stopped after {_steps(len(self.live.losses))}.")
+                else:
+                    complaints.seek(0)
+                    self._say(_complaint(complaints.read(), process.returncode), wrong=True)
+        except OSError as error:
+            self._say(f"Training could not be started: {error}", wrong=True)
+        finally:
+            self._mark_running(False)
+
+    def _look(self, config: TrainConfig, folder: RunFolder) -> None:
+        """Show what the run has written since the last look."""
+        try:
+            run = _read(config, folder)
+        except (FileNotFoundError, ValueError):  # not begun, or in the middle of a line
+            return
+        if run != self.live:
+            self.live = run
+            loss = f", loss {run.losses[-1]:.4f} nats" if run.losses else ""
+            self._say(f"Training {_name(run)}: step {len(run.losses)} of {config.steps}{loss}.")
+            self._draw()
+
+    def _join(self, run: Progress) -> None:
+        self.live = None
+        if run.folder not in [each.folder for each in self.finished]:
+            self.finished.append(run)
+        self._table.value = _comparison_html(self.finished)
+        self._draw()
+
+    def _draw(self) -> None:
+        self.png, alt = draw_curves(self.finished, self.live)
+        self._picture.value = image(self.png, alt)
+
+    def _mark_running(self, running: bool) -> None:
+        self.train_button.disabled = running
+        self.stop_button.disabled = not running
+
+    def _say(self, message: str, wrong: bool = False) -> None:
+        self.message = message
+        style = "color: #B00020; font-weight: bold" if wrong else ""
+        role = "alert" if wrong else "status"
+        self._message.value = f'<div role="{role}" style="{style}">{html.escape(message)}</div>'
+
+    def _receive(self, files: tuple[Any, ...]) -> None:
+        """Keep an uploaded file beside the runs, as long as its text is the same under one name."""
+        for file in files:
+            content = bytes(file["content"])
+            name = Path(file["name"])
+            digest = hashlib.sha256(content).hexdigest()[:8]
+            try:
+                path = self.config.folder.parent / "corpora" / f"{name.stem}-{digest}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            except (InputError, OSError) as error:
+                self._say(f"{name.name} could not be kept: {error}", wrong=True)
+            else:
+                self.corpus.value = str(path)
+                self._say(f"{name.name} is the corpus now.")
+
+
+def _command(config: TrainConfig, folder: Path) -> list[str]:
+    """The command line that trains a config into a folder, every field of it a flag."""
+    flags = []
+    for name, value in (asdict(config) | {"output": folder}).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags.append(f"--{flag}={value}")
+    return [sys.executable, "-m", "fcse.attended", "train", *flags]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Terminate a process, and kill it where that takes more than five seconds."""
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _read(config: TrainConfig, folder: RunFolder) -> Progress:
+    """What a run has written so far."""
+    lines = folder.metrics()
+    return Progress(
+        config,
+        folder.path,
+        [line["loss"] for line in lines if "loss" in line],
+        [line for line in lines if "loss" not in line],
+    )
+
+
+def _complaint(output: bytes, code: int) -> str:
+    """What a process that failed says to its user, else how it ended."""
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
+    said = [line.removeprefix("fcse: ") for line in lines if line.startswith("fcse: ")]
+    if said:
+        return said[-1]
+    last = next((line for line in reversed(lines) if line), "nothing")
+    return f"Training ended with exit code {code}; its last words: {last}"
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
+def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> tuple[bytes, str]:
+    """Loss and Lee score over the steps; the live run wide, finished runs narrow and numbered.
+
+    Any thread may call it: it uses neither pyplot nor mathtext, which hold state of the process.
+
+    Returns:
+        The picture as PNG, and what it shows in words.
+    """
+    figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    losses, scores = figure.subplots(1, 2)
+    runs = [(f"{i} · {_name(run)}", run, 1.5) for i, run in enumerate(finished, start=1)]
+    if live is not None:
+        runs.append((f"now · {_name(live)}", live, 3.5))
+    for label, run, width in runs:
+        style = {"color": plots.COLOURS[run.config.key], "lw": width, "label": label}
+        losses.plot(range(1, len(run.losses) + 1), run.losses, **style)
+        steps, lee = _column(run, "step"), _column(run, "lee")
+        scores.plot(steps, lee, marker="o", **style)
+    losses.set(xlabel="step", ylabel="loss [nats]")
+    values = [value for _, run, _ in runs for value in run.losses]
+    if values and max(values) > 10 * min(values) > 0:
+        losses.set_yscale("log")
+        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        losses.yaxis.set_minor_locator(NullLocator())
+        losses.yaxis.set_major_formatter("{x:g}")
+    scores.set(xlabel="step", ylabel="Lee: Spearman × 100")
+    for axes in (losses, scores):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if runs:
+            axes.set_xlim(0, 1.02 * max(run.config.steps for _, run, _ in runs))
+    if runs:
+        handles, labels = losses.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    canvas.draw()
+    said = [f"{label}: {_in_words(run)}" for label, run, _ in runs]
+    return encode(canvas), "Loss and Lee score over the steps. " + " ".join(said)
+
+
+def _name(run: Progress) -> str:
+    return plots.NAMES[run.config.key]
+
+
+def _column(run: Progress, name: str) -> list[float]:
+    return [line[name] for line in run.evaluations]
+
+
+def _in_words(run: Progress) -> str:
+    loss = f", loss {run.losses[-1]:.4f}" if run.losses else ""
+    lee = f", Lee {run.evaluations[-1]['lee']:.1f}" if run.evaluations else ""
+    return f"{_steps(len(run.losses))}{loss}{lee}."
+
+
+def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
+    """Finished runs side by side.
+
+    Returns:
+        One row a run: "run" (its number), "loss", "settings" (the parameters that act on it),
+        "encoder", "corpus", "seed", "steps", "Lee before", "Lee after" (100 x Spearman).
+    """
+    return pd.DataFrame(
+        [
+            {
+                "run": number,
+                "loss": _name(run),
+                "settings": _settings(run.config),
+                "encoder": Path(run.config.encoder).name,
+                "corpus": Path(run.config.corpus).name,
+                "seed": run.config.seed,
+                "steps": run.config.steps,
+                "Lee before": run.evaluations[0]["lee"],
+                "Lee after": run.evaluations[-1]["lee"],
+            }
+            for number, run in enumerate(runs, start=1)
+        ]
+    )
+
+
+def _settings(config: TrainConfig) -> str:
+    said = [f"τ {config.temperature:g}"]
+    modulate = effective_modulation(config.objective, config.modulate)
+    if modulate in ("both", "negative"):
+        said.append(f"m {config.m:g}")
+    if modulate != "none" and config.stop_gradient:
+        said.append(f"modulates {modulate}")
+    if config.objective == "hardness_info_nce":
+        said.append(f"α {config.alpha:g}")
+    return ", ".join(said)
+
+
+def _comparison_html(runs: Sequence[Progress]) -> str:
+    """The comparison with a word on what it is worth, as HTML."""
+    table = comparison(runs).to_html(index=False, border=0, float_format="{:.1f}".format)
+    return f"{table}<p>{_NOTE}</p>"

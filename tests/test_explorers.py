@@ -1,0 +1,202 @@
+"""The explorers: every control changes what is shown, and what is shown is what the module says."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fcse import analysis, losses, plots
+from fcse.data import article_batch, load_wiki_articles
+from fcse.study import trajectories, with_untrained
+from fcse.training import TrainConfig, train
+from fcse.widgets import MapExplorer, NegativeExplorer, TrajectoryPlane
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model, small_corpus):
+    """A tiny model trained with both losses, with weights of steps 0, 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = TrainConfig(
+        encoder=tiny_model("bert"),
+        corpus=small_corpus,
+        batch_size=8,
+        steps=6,
+        eval_steps=2,
+        learning_rate=1e-2,
+        checkpoints=True,
+    )
+    return {
+        key: train(replace(config, objective=key, output=folder / key))
+        for key in ("info_nce", "focal_info_nce")
+    }
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return article_batch(load_wiki_articles(), size=32)
+
+
+@pytest.fixture
+def explorer(runs, batch):
+    return NegativeExplorer(runs, *batch)
+
+
+def shown(explorer):
+    """The text of the cells of the first table, row by row."""
+    first = explorer._tables.value.split("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", first)[1:]
+    return [re.findall(r"<td[^>]*>(?:<b>)?(.*?)(?:</b>)?</td>", row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("control", "value"), [("anchor", 5), ("step", 4), ("run", "focal_info_nce")]
+)
+def test_every_control_of_the_negatives_changes_what_is_shown(explorer, control, value):
+    explorer.step.value = 2
+    before, table = explorer._tables.value, explorer.table
+    getattr(explorer, control).value = value
+    assert explorer._tables.value != before
+    assert not explorer.table.equals(table)
+
+
+def test_the_steps_are_those_of_the_run(explorer, runs):
+    assert list(explorer.step.options) == runs["info_nce"].steps == [0, 2, 4, 6]
+    explorer.step.value = 4
+    explorer.run.value = "focal_info_nce"
+    assert explorer.step.value == 4
+
+
+def test_the_table_holds_the_numbers_of_the_losses(explorer, runs, batch):
+    explorer.step.value, explorer.anchor.value = 6, 9
+    sentences, titles = batch
+    sim = analysis.batch_similarities(runs["info_nce"].encoder, sentences)
+    x = sim.clone().requires_grad_()
+    for key, loss in (
+        ("info_nce", losses.info_nce(x)),
+        ("focal_info_nce", losses.focal_info_nce(x)),
+        ("hardness_info_nce", losses.hardness_info_nce(x)),
+    ):
+        (gradient,) = torch.autograd.grad(len(sim) * loss, x)
+        by_hand = gradient[9][torch.tensor(explorer.table["negative"])]
+        np.testing.assert_allclose(explorer.table[key], by_hand, rtol=1e-4, atol=1e-7)
+    rows = shown(explorer)
+    share = explorer.table["info_nce"].abs() / explorer.table["info_nce"].abs().sum()
+    for k, cells in enumerate(rows):
+        row = explorer.table.iloc[k]
+        assert cells[1] == f"{row['similarity']:.3f}"
+        assert cells[2] == f"{row['info_nce']:.2g} ({100 * share[k]:.0f} %)"
+        assert cells[5] == ("⚑ likely" if row["false_negative"] else "")
+        assert row["sentence"] == sentences[row["negative"]]
+        assert row["article"] == titles[row["negative"]]
+
+
+def test_marks_and_list_agree(explorer, batch):
+    pairs = explorer.pairs
+    assert len(pairs)
+    marked = set()
+    for anchor in range(len(batch[0])):
+        explorer.anchor.value = anchor
+        table = explorer.table
+        marked |= {(anchor, j) for j in table["negative"][table["false_negative"]]}
+    both = {(i, j) for i, j in zip(pairs["i"], pairs["j"], strict=True)}
+    assert marked == both | {(j, i) for i, j in both}
+    assert f"{len(pairs)} likely false negatives" in explorer._tables.value
+
+
+def test_text_is_shown_as_text(runs):
+    explorer = NegativeExplorer(runs, ["a <b> c & d", "e", "f", "g"], ["<i>x"] * 4)
+    assert "a &lt;b&gt; c &amp; d" in explorer._tables.value
+    assert "<i>x" not in explorer._tables.value
+
+
+def test_an_encoder_without_training_has_one_step(runs, batch):
+    start = replace(runs["info_nce"], record={"kept_step": 0}, checkpoints={})
+    explorer = NegativeExplorer({"encoder": start}, *batch)
+    assert list(explorer.step.options) == [0]
+    assert list(with_untrained({"encoder": start})) == ["encoder"]
+    assert list(with_untrained(runs)) == ["untrained", *runs]
+
+
+N = 300
+LABELS = ["a", "b", "c", "d", "e", "f"] * (N // 6)
+
+
+@pytest.fixture
+def maps():
+    rng = np.random.default_rng(0)
+    places = {"untrained": rng.normal(size=(N, 2)), "InfoNCE": rng.normal(size=(N, 2))}
+    return MapExplorer(places, [f"sentence {i} <b>" for i in range(N)], LABELS, ["a", "b"])
+
+
+@pytest.mark.parametrize(("chosen", "other"), [(0, 1), (1, 0)])
+def test_selecting_in_one_map_selects_in_the_other(maps, chosen, other):
+    scatters = list(maps.scatters.values())
+    scatters[chosen].widget.selection = np.array([7, 3, 250], dtype="uint32")
+    assert sorted(scatters[other].widget.selection) == [3, 7, 250]
+    assert list(maps.selection) == [3, 7, 250]
+    assert list(maps.selected["sentence"]) == [f"sentence {i} <b>" for i in (3, 7, 250)]
+    assert "3 of 300 sentences selected" in maps._list.value
+    assert "sentence 250 &lt;b&gt;" in maps._list.value
+    scatters[chosen].widget.selection = None
+    assert "0 of 300" in maps._list.value
+
+
+def test_a_group_and_a_word_select(maps):
+    maps.group.value = "b"
+    assert set(maps.selected["article"]) == {"b"}
+    assert len(maps.selection) == N // 6
+    maps.group.value = plots.OTHERS
+    assert set(maps.selected["article"]) == {"c", "d", "e", "f"}
+    maps.word.value = "SENTENCE 29"
+    assert list(maps.selection) == [29, *range(290, 300)]
+    maps.word.value = ""
+    assert len(maps.selection) == 0
+
+
+def test_points_carry_their_colour_and_lie_where_the_map_says(maps):
+    for scatter in maps.scatters.values():
+        points, data = scatter.widget.points, scatter.widget.data
+        assert len(points) == N
+        for column, axis in (("x", 0), ("y", 1)):
+            correlation = np.corrcoef(points[:, axis], data[column])[0, 1]
+            assert correlation == pytest.approx(1, abs=1e-6)
+        assert list(data["group"].cat.categories) == [plots.OTHERS, "a", "b"]
+        last = scatter.widget.point_order[-N // 3 :]
+        assert set(data["article"].iloc[last]) == {"a", "b"}
+
+
+def test_tens_of_thousands_of_points_are_no_burden():
+    n = 30_000
+    xy = np.random.default_rng(0).normal(size=(n, 2))
+    explorer = MapExplorer({"one": xy, "two": -xy}, ["s"] * n, ["a", "b"] * (n // 2), ["a"])
+    explorer.group.value = "a"
+    one, two = explorer.scatters.values()
+    assert len(one.widget.selection) == len(two.widget.selection) == n // 2
+    assert len(explorer._list.value) < 10_000
+
+
+def test_the_plane_shows_every_scoring_and_its_lines_move(runs):
+    path = trajectories(runs)
+    assert list(path.columns) == ["run", "step", "alignment", "uniformity", "score"]
+    for key, run in runs.items():
+        scored = pd.DataFrame(run.evaluations)
+        rows = path[path["run"] == key]
+        assert list(rows["step"]) == [0, 2, 4, 6]
+        np.testing.assert_array_equal(rows["score"], scored["lee"])
+        np.testing.assert_array_equal(rows["uniformity"], scored["lee_uniformity"])
+    plane = TrajectoryPlane(path)
+    assert len(plane.scatter.widget.points) == len(path)
+    for weight in (1.0, 0.0):
+        plane.weight.value = weight
+        total = path["alignment"] + weight * path["uniformity"]
+        assert f"{total.min():.3f}" in plane._facts.value
+        assert plots.NAMES[path["run"][total.idxmin()]] in plane._facts.value
+        for line in plane.scatter.annotations()["annotations"]:
+            sums = [y + weight * x for x, y in line.vertices]
+            assert sums[0] == pytest.approx(sums[1])
+    lines = plane.scatter.widget.annotations
+    plane.weight.value = 2.0
+    assert plane.scatter.widget.annotations != lines
