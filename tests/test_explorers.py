@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 
 from fcse import analysis, losses, plots
 from fcse.data import article_batch, load_wiki_articles
@@ -188,7 +189,11 @@ def test_the_plane_shows_every_scoring_and_its_lines_move(runs):
         np.testing.assert_array_equal(rows["score"], scored["lee"])
         np.testing.assert_array_equal(rows["uniformity"], scored["lee_uniformity"])
     plane = TrajectoryPlane(path)
-    assert len(plane.scatter.widget.points) == len(path)
+    shown = plane.scatter.widget
+    assert len(shown.points) == len(path)
+    colours = [to_rgba(plots.COLOURS[key]) for key in runs]
+    np.testing.assert_allclose(shown.color, colours)
+    np.testing.assert_allclose(shown.connection_color, colours)
     for weight in (1.0, 0.0):
         plane.weight.value = weight
         total = path["alignment"] + weight * path["uniformity"]
