@@ -10,6 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -17,14 +18,22 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 MINUTE = 60_000
+# Scatter widgets draw with WebGL, in software where there is no GPU.
+FLAGS = [
+    "--no-sandbox",
+    "--use-gl=swiftshader",
+    "--enable-webgl",
+    "--ignore-gpu-blocklist",
+    "--enable-unsafe-swiftshader",
+]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def page():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1500, "height": 1000})
         page.set_default_timeout(MINUTE)
         yield page
@@ -58,12 +67,19 @@ def serve(command, port, folder):
     raise AssertionError((folder / "server.log").read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lab(tmp_path_factory):
-    """JupyterLab on a copy of the notebooks, with every cell in the page and not in view only."""
+    """JupyterLab on a copy of the notebooks without outputs; no kernel outlives the test.
+
+    Every cell is in the page, not only those in view.
+    """
     folder = tmp_path_factory.mktemp("lab")
-    for notebook in NOTEBOOKS.glob("*.ipynb"):
-        shutil.copy(notebook, folder)
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / path.name)
     settings = folder / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"windowingMode": "none"}')
@@ -75,7 +91,7 @@ def lab(tmp_path_factory):
     server.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def app(tmp_path_factory):
     """The ablation panel, served by Voilà."""
     folder = tmp_path_factory.mktemp("app")
@@ -92,9 +108,11 @@ def run_all(page, lab, name):
     """Open a notebook, run all its cells, wait for the last, and see no error."""
     page.goto(f"{lab}/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.get_by_text("Run", exact=True).first.click()
-    page.get_by_text("Run All Cells", exact=True).first.click()
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
     prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
+    page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[[*\d]")).first.wait_for()
     for _ in range(15 * 60):
         page.wait_for_timeout(1000)
         if all(re.search(r"\d", text) for text in prompts.all_inner_texts()):
@@ -168,6 +186,47 @@ def test_the_panel_as_a_web_app(page, app, tmp_path):
     drive_ablation_panel(page)
     train_and_stop(page, "8102")
     page.screenshot(path=tmp_path / "app.png")
+
+
+def test_negatives_follow_anchor_and_step(page, lab, tmp_path):
+    run_all(page, lab, "03_hard_negatives.ipynb")
+    table = page.locator("table.fcse-table").first
+    anchor = page.get_by_label("anchor", exact=True)
+    first = table.inner_text()
+    anchor.select_option(index=9)
+    chosen = when_changed(page, table.inner_text, first)
+    slider = page.locator(".widget-slider", has_text="training step").get_by_role("slider")
+    slider.focus()
+    slider.press("ArrowRight" if slider.get_attribute("aria-valuenow") == "0.0" else "ArrowLeft")
+    when_changed(page, table.inner_text, chosen)
+    page.screenshot(path=tmp_path / "negatives.png")
+
+
+def test_plane_follows_its_weight(page, lab, tmp_path):
+    run_all(page, lab, "04_alignment_uniformity.ipynb")
+    explorer = page.locator(".widget-vbox").filter(has=page.locator("canvas")).last
+    explorer.scroll_into_view_if_needed()
+    page.wait_for_timeout(2000)
+    before = explorer.locator("canvas").last.screenshot()
+    slider = explorer.get_by_role("slider").first
+    slider.focus()
+    slider.press("ArrowLeft")
+    slider.press("ArrowLeft")
+    when_changed(page, lambda: explorer.locator("canvas").last.screenshot(), before)
+    page.screenshot(path=tmp_path / "plane.png")
+
+
+def test_maps_select_together(page, lab, tmp_path):
+    run_all(page, lab, "05_umap.ipynb")
+    selected = page.locator("caption", has_text="sentences selected").first
+    page.get_by_label("select a group", exact=True).select_option(index=1)
+    page.get_by_text(re.compile(r"[1-9]\d* of [\d,]+ sentences selected")).first.wait_for()
+    first = selected.inner_text()
+    word = page.get_by_label("select by word", exact=True)
+    word.fill("war")
+    word.press("Enter")
+    when_changed(page, selected.inner_text, first)
+    page.screenshot(path=tmp_path / "maps.png")
 
 
 def test_seeds_and_intervals(page, lab, tmp_path):
