@@ -1,7 +1,7 @@
 """Seconds for the whole STS suite, against the same work batch by batch in file order.
 
-The peer is what the evaluation code of the field does: both sides of every pair, in the order of
-the files, each batch padded to its longest sentence, through plain `AutoModel`. Scores must agree.
+The peer encodes both sides of every pair in the order of the files, in batches of 128 (SentEval's
+default) padded to their longest sentence, through plain `AutoModel`. Scores must agree.
 
 FCSE_SENTEVAL=path/to/SentEval/data python benchmarks/evaluation.py
 """
@@ -16,8 +16,8 @@ from fcse.data import MINILM, STS_TASKS, SentencePairs, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.evaluation import aggregate_spearman, pair_similarities
 
-BATCH_SIZE = 64
-ROUNDS = 2
+BATCH_SIZE = 128
+ROUNDS = 1
 
 
 def main() -> None:
