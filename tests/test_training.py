@@ -54,7 +54,7 @@ def test_same_seed_same_losses_to_the_last_bit(config, tmp_path, objective):
 
 
 def test_training_changes_the_weights_and_lowers_the_loss(config):
-    result = train(replace(config, steps=30))
+    result = train(replace(config, batch_size=40, steps=60))
     assert result.record["weights"]["first"] != result.record["weights"]["last"]
     assert sum(result.losses[-5:]) < sum(result.losses[:5])
 
