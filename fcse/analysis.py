@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcse import losses
 from fcse.encoder import SentenceEncoder
-from fcse.losses import Modulate, Objective
+from fcse.losses import ALPHA, Modulate, Objective
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "info_nce": {"objective": "info_nce"},
@@ -23,11 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hardness_info_nce": {"objective": "hardness_info_nce"},
 }
 """Key of the figures -> what sets it apart among the arguments of `losses.gradient_weights`."""
-
-ALPHA = 9.0
-"""The hardness weight of Lan et al. 2025, in tables and curves."""
-
-Pulls = tuple[np.ndarray, np.ndarray]
 
 
 def batch_similarities(
@@ -105,9 +100,10 @@ def logit_arguments(
     **others: Any,
 ) -> dict[str, Any]:
     """What `losses.logits` takes for a loss named as in `losses.gradient_weights`."""
-    modulate = losses.effective_modulation(objective, modulate)
-    alpha = alpha if objective == "hardness_info_nce" else 0.0
-    return others | {"modulate": modulate, "alpha": alpha}
+    return others | {
+        "modulate": losses.effective_modulation(objective, modulate),
+        "alpha": losses.effective_alpha(objective, alpha),
+    }
 
 
 def resting_point(m: float = 0.3, stop_gradient: bool = False, **loss: Any) -> float | None:
@@ -152,7 +148,9 @@ def candidates(sim: Tensor, sentences: Sequence[str], anchor: int, **loss: Any) 
     return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
 
 
-def negative_pulls(sim: Tensor, objective: Objective = "focal_info_nce", **loss: Any) -> Pulls:
+def negative_pulls(
+    sim: Tensor, objective: Objective = "focal_info_nce", **loss: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """Similarity of every negative of a batch and dL/ds of its anchor's own loss.
 
     Args:

@@ -160,10 +160,6 @@ def run_report(
     if any(points["backbone"] == "minilm"):
         print("minilm was tuned on supervised pairs: no comparison with the rows above it")
     if figures is not None:
-        try:
-            figures.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"figures folder {figures}: {error.strerror}") from None
         plots.save(
             plots.beside_published(points, SIMCSE_50_SEEDS), points, figures / "beside_published"
         )

@@ -19,6 +19,9 @@ from torch import Tensor
 Objective = Literal["info_nce", "focal_info_nce", "hardness_info_nce"]
 Modulate = Literal["both", "positive", "negative", "none"]
 
+ALPHA = 9.0
+"""The hardness weight of Lan et al. 2025."""
+
 
 def check_parameters(temperature: float, m: float, modulate: str, alpha: float = 0.0) -> None:
     """Raise ValueError unless temperature > 0, m is finite, alpha >= 0, `modulate` is known."""
@@ -126,7 +129,7 @@ def focal_info_nce(
     return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient))
 
 
-def hardness_info_nce(sim: Tensor, temperature: float = 0.05, alpha: float = 9.0) -> Tensor:
+def hardness_info_nce(sim: Tensor, temperature: float = 0.05, alpha: float = ALPHA) -> Tensor:
     """InfoNCE with a hardness-weighted softmax: alpha * stop_gradient(s) on each negative logit.
 
     Lan et al. 2025 (arXiv 2503.04812, equation 5), alpha = 9 there; what sentence-transformers
@@ -162,6 +165,11 @@ def effective_modulation(objective: Objective, modulate: Modulate) -> Modulate:
     return modulate if objective == "focal_info_nce" else "none"
 
 
+def effective_alpha(objective: Objective, alpha: float) -> float:
+    """The hardness weight an objective applies: only the hardness-weighted softmax applies any."""
+    return alpha if objective == "hardness_info_nce" else 0.0
+
+
 def loss(
     sim: Tensor,
     objective: Objective = "focal_info_nce",
@@ -169,14 +177,14 @@ def loss(
     m: float = 0.3,
     modulate: Modulate = "both",
     stop_gradient: bool = False,
-    alpha: float = 9.0,
+    alpha: float = ALPHA,
 ) -> Tensor:
     """The loss of a batch by the name of its objective; the others' parameters are ignored.
 
     Arguments as in `gradient_weights`; result and errors as in `focal_info_nce`.
     """
     modulate = effective_modulation(objective, modulate)
-    alpha = alpha if objective == "hardness_info_nce" else 0.0
+    alpha = effective_alpha(objective, alpha)
     return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient, alpha))
 
 
@@ -187,7 +195,7 @@ def gradient_weights(
     m: float = 0.3,
     modulate: Modulate = "both",
     stop_gradient: bool = False,
-    alpha: float = 9.0,
+    alpha: float = ALPHA,
 ) -> Tensor:
     """The closed form of dL/dsim: how hard, and which way, the loss pulls on each similarity.
 
@@ -210,7 +218,7 @@ def gradient_weights(
         rows puts a factor 1/N on each entry.
     """
     modulate = effective_modulation(objective, modulate)
-    alpha = alpha if objective == "hardness_info_nce" else 0.0
+    alpha = effective_alpha(objective, alpha)
     p = logits(sim, temperature, m, modulate, stop_gradient, alpha).softmax(dim=1)
     sim, positives = _full_precision(sim), _positives(sim)
     one = torch.ones_like(sim)

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fcse.errors import InputError
+
 # Okabe & Ito's palette: distinct for every common kind of colour blindness.
 COLOURS = {
     "untrained": "#7F7F7F",
@@ -80,6 +82,18 @@ def _line(key: str) -> dict[str, Any]:
     return {"color": COLOURS[key], "label": NAMES[key], "linestyle": _DASHES[key]}
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder that figures go to.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"figures folder {folder}: {error.strerror}") from None
+
+
 @plt.rc_context(STYLE)
 def save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
     """Write a figure as PNG and SVG, and the numbers behind it as CSV, under one name.
@@ -89,7 +103,7 @@ def save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
         table: the numbers, written with six significant digits.
         path: folder and name without suffix.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path.with_suffix(".png"))
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")

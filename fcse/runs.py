@@ -91,9 +91,11 @@ class RunFolder:
         with (self.path / _METRICS).open("a") as file:
             file.write(json.dumps(numbers) + "\n")
 
-    def metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl: one a step with its loss, one a scoring."""
-        return [json.loads(line) for line in (self.path / _METRICS).read_text().splitlines()]
+    def metrics(self) -> tuple[list[float], list[dict[str, float]]]:
+        """What metrics.jsonl holds so far: the loss of each step, and a dict each scoring."""
+        lines = [json.loads(line) for line in (self.path / _METRICS).read_text().splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        return losses, [line for line in lines if "loss" not in line]
 
     def keep(self, encoder: SentenceEncoder) -> None:
         """Make this encoder the run's model."""

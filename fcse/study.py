@@ -9,7 +9,6 @@ import pandas as pd
 from fcse import analysis, plots
 from fcse.data import SentencePairs, is_file, load_corpus, load_lee, load_sts, senteval_folder
 from fcse.encoder import SentenceEncoder
-from fcse.errors import InputError
 from fcse.published import SIMCSE_50_SEEDS
 from fcse.recipes import RECIPES, recipe
 from fcse.report import beside_published, judged
@@ -25,14 +24,13 @@ def train_objectives(config: TrainConfig) -> dict[str, TrainResult]:
     return {objective: train(replace(config, objective=objective)) for objective in OBJECTIVES}
 
 
-def pick_runs(source: str | Path = SHORT, seed: int = 0) -> dict[str, TrainResult]:
+def pick_runs(source: str | Path = SHORT) -> dict[str, TrainResult]:
     """What a notebook looks at: fresh short runs, a run that is there, or any encoder.
 
     Args:
         source: the name of a recipe: it is trained with both objectives, or loaded where that was
             done; a run folder; or the name or folder of an encoder, which stands for a run of no
             steps.
-        seed: of what is trained.
 
     Returns:
         Key of the figures (see `analysis.VARIANTS`; "encoder" for one without training) -> run.
@@ -41,7 +39,7 @@ def pick_runs(source: str | Path = SHORT, seed: int = 0) -> dict[str, TrainResul
         InputError: as in `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`.
     """
     if source in RECIPES:
-        return train_objectives(replace(recipe(str(source)), seed=seed))
+        return train_objectives(recipe(str(source)))
     if is_file(Path(source) / "run.json"):
         run = read_run(source)
         return {run.config.key: run}
@@ -97,10 +95,7 @@ def study(seed: int = 0, figures: Path = Path("figures")) -> pd.DataFrame:
         InputError: as in `training.train`.
     """
     config = replace(recipe("minilm-wiki"), seed=seed)
-    try:
-        figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"figures folder {figures}: {error.strerror}") from None
+    plots.make_folder(figures)
     runs = train_objectives(config)
     untrained = SentenceEncoder.from_pretrained("minilm")
     start = runs["info_nce"].record["weights"]["first"][:8]

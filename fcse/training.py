@@ -65,7 +65,7 @@ class TrainConfig:
     """Which logits focal_info_nce modulates: both, positive, negative or none."""
     stop_gradient: bool = False
     """Take focal_info_nce's modulating factors as constants; the authors do not."""
-    alpha: float = 9.0
+    alpha: float = losses.ALPHA
     """Hardness weight >= 0 of hardness_info_nce."""
     pooling: Pooling = "cls"
     """How tokens become a sentence vector: cls, mean, mean_first_last or mean_top2."""
@@ -254,13 +254,13 @@ def read_run(path: str | Path) -> TrainResult:
 
 
 def _read(folder: RunFolder, config: TrainConfig, record: dict[str, Any]) -> TrainResult:
-    metrics = folder.metrics()
+    steps, evaluations = folder.metrics()
     return TrainResult(
         config=config,
         folder=folder.path,
         encoder=SentenceEncoder.from_pretrained(folder.model, config.pooling),
-        losses=[line["loss"] for line in metrics if "loss" in line],
-        evaluations=[line for line in metrics if "loss" not in line],
+        losses=steps,
+        evaluations=evaluations,
         record=record,
         checkpoints=folder.checkpoints(),
     )

@@ -13,12 +13,10 @@ from fcse.widgets import RunPicker
 
 
 @pytest.fixture
-def trained(tiny_model, sentences, tmp_path, monkeypatch):
+def trained(tiny_model, small_corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("FCSE_RUNS", str(tmp_path / "runs"))
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(sentences[:40]), encoding="utf-8")
     short = recipe("minilm-short")
-    tiny = {"encoder": str(tiny_model("bert")), "corpus": str(corpus), "batch_size": 8}
+    tiny = {"encoder": str(tiny_model("bert")), "corpus": str(small_corpus), "batch_size": 8}
     return train(replace(short, **tiny, steps=2, objective="info_nce"))
 
 

@@ -19,14 +19,12 @@ from fcse.training import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, sentences, tmp_path_factory):
+def trained(tiny_model, small_corpus, tmp_path_factory):
     """A folder with two seeds of each loss, one half of the modulation, and an interrupted run."""
     root = tmp_path_factory.mktemp("runs")
-    corpus = root.with_name("corpus.txt")
-    corpus.write_text("\n".join(sentences[:40]), encoding="utf-8")
     config = TrainConfig(
         encoder=str(tiny_model("bert")),
-        corpus=str(corpus),
+        corpus=str(small_corpus),
         batch_size=8,
         steps=2,
         learning_rate=1e-3,

@@ -12,13 +12,11 @@ from fcse.study import pick_runs
 from fcse.training import train
 
 
-def test_a_run_folder_is_picked(tiny_model, tmp_path, sentences):
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(sentences[:40]), encoding="utf-8")
+def test_a_run_folder_is_picked(tiny_model, small_corpus, tmp_path):
     config = replace(
         recipe("minilm-short"),
         encoder=str(tiny_model("bert")),
-        corpus=str(corpus),
+        corpus=str(small_corpus),
         modulate="positive",
         batch_size=8,
         steps=2,

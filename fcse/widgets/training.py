@@ -291,13 +291,7 @@ def _end(process: subprocess.Popen) -> None:
 
 def _read(config: TrainConfig, folder: RunFolder) -> Progress:
     """What a run has written so far."""
-    lines = folder.metrics()
-    return Progress(
-        config,
-        folder.path,
-        [line["loss"] for line in lines if "loss" in line],
-        [line for line in lines if "loss" not in line],
-    )
+    return Progress(config, folder.path, *folder.metrics())
 
 
 def _complaint(output: bytes, code: int) -> str:
