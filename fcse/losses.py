@@ -51,6 +51,16 @@ def _positives(sim: Tensor) -> Tensor:
     return torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
 
 
+def _repeats(sentence_ids: Tensor, positives: Tensor) -> Tensor:
+    rows, columns = positives.shape
+    if sentence_ids.shape != (columns,):
+        raise ValueError(
+            f"sentence_ids must be ({columns},), one for each column, "
+            f"got {tuple(sentence_ids.shape)}"
+        )
+    return (sentence_ids[:rows, None] == sentence_ids) & ~positives
+
+
 def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
     """Cosine similarity of every row of u with every row of v.
 
@@ -78,6 +88,7 @@ def logits(
     modulate: Modulate = "both",
     stop_gradient: bool = False,
     alpha: float = 0.0,
+    sentence_ids: Tensor | None = None,
 ) -> Tensor:
     """The logits that the softmax of a row sees: s/tau, or a form that weighs hardness.
 
@@ -94,21 +105,28 @@ def logits(
             but their slopes fall to s and s + m, and the resting point moves to s = -m. The
             authors' code does not.
         alpha: >= 0, the hardness weight; 0 adds nothing.
+        sentence_ids: (M,) int64, on the device of `sim`: column j holds sentence sentence_ids[j],
+            and row i is sentence_ids[i]. A negative that is its anchor's own sentence is a false
+            one: its logit is -inf, so that it has no part in the softmax and gets no pull. None:
+            no sentence occurs twice.
 
     Returns:
         (N, M) float32 (float64 for float64 input).
 
     Raises:
-        ValueError: a parameter or the shape of `sim` is out of range.
+        ValueError: a parameter is out of range, or `sim` or `sentence_ids` has another shape.
     """
     check_parameters(temperature, m, modulate, alpha)
     sim = _check_similarities(sim)
     factor = sim.detach() if stop_gradient else sim
     positive = sim * factor if modulate in ("both", "positive") else sim
     negative = sim * (factor + m) if modulate in ("both", "negative") else sim
-    rows = torch.where(_positives(sim), positive, negative) / temperature
+    positives = _positives(sim)
+    rows = torch.where(positives, positive, negative) / temperature
     if alpha:
-        rows = rows + alpha * sim.detach().masked_fill(_positives(sim), 0)
+        rows = rows + alpha * sim.detach().masked_fill(positives, 0)
+    if sentence_ids is not None:
+        rows = rows.masked_fill(_repeats(sentence_ids, positives), -math.inf)
     return rows
 
 
@@ -178,6 +196,7 @@ def loss(
     modulate: Modulate = "both",
     stop_gradient: bool = False,
     alpha: float = ALPHA,
+    sentence_ids: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch by the name of its objective; the others' parameters are ignored.
 
@@ -185,7 +204,7 @@ def loss(
     """
     modulate = effective_modulation(objective, modulate)
     alpha = effective_alpha(objective, alpha)
-    return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient, alpha))
+    return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient, alpha, sentence_ids))
 
 
 def gradient_weights(
@@ -196,6 +215,7 @@ def gradient_weights(
     modulate: Modulate = "both",
     stop_gradient: bool = False,
     alpha: float = ALPHA,
+    sentence_ids: Tensor | None = None,
 ) -> Tensor:
     """The closed form of dL/dsim: how hard, and which way, the loss pulls on each similarity.
 
@@ -212,6 +232,7 @@ def gradient_weights(
         temperature, m: as in `logits`.
         modulate, stop_gradient: as in `logits`, for focal_info_nce.
         alpha: as in `logits`, for hardness_info_nce.
+        sentence_ids: as in `logits`; a repeated sentence has p = 0, hence weight 0.
 
     Returns:
         (N, M) float32 (float64 for float64 input), equal to autograd of the loss; the mean over
@@ -219,7 +240,7 @@ def gradient_weights(
     """
     modulate = effective_modulation(objective, modulate)
     alpha = effective_alpha(objective, alpha)
-    p = logits(sim, temperature, m, modulate, stop_gradient, alpha).softmax(dim=1)
+    p = logits(sim, temperature, m, modulate, stop_gradient, alpha, sentence_ids).softmax(dim=1)
     sim, positives = _full_precision(sim), _positives(sim)
     one = torch.ones_like(sim)
     own = 0 if stop_gradient else sim  # the factor's share of the slope

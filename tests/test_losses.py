@@ -351,3 +351,86 @@ def test_a_loss_by_its_name():
     assert torch.equal(loss(sim, "hardness_info_nce", 0.1), hardness_info_nce(sim, 0.1))
     with pytest.raises(ValueError, match="objective 'triplet'"):
         loss(sim, "triplet")
+
+
+def masked_loss_and_weights_by_hand(s, ids, objective, temperature, m, modulate, stopped, alpha):
+    """Loss and dL/dsim entry by entry, over the candidates that a row is left with."""
+    focal = objective == "focal_info_nce"
+    value, out = 0.0, np.zeros_like(s)
+    for i in range(len(s)):
+        kept = [j for j in range(s.shape[1]) if j == i or ids[j] != ids[i]]
+        logit, slope = {}, {}
+        for j in kept:
+            shift = 0.0 if j == i else m
+            modulated = focal and modulate in ("both", "positive" if j == i else "negative")
+            logit[j] = (s[i, j] * (s[i, j] + shift) if modulated else s[i, j]) / temperature
+            slope[j] = s[i, j] * (1 if stopped else 2) + shift if modulated else 1.0
+            if objective == "hardness_info_nce" and j != i:
+                logit[j] += alpha * s[i, j]
+        top = max(logit.values())
+        total = sum(np.exp(x - top) for x in logit.values())
+        value += top + np.log(total) - logit[i]
+        for j in kept:
+            p = np.exp(logit[j] - top) / total
+            out[i, j] = (p - (j == i)) * slope[j] / temperature
+    return value / len(s), out / len(s)
+
+
+OBJECTIVES = ("info_nce", "focal_info_nce", "hardness_info_nce")
+REPEATED = {
+    "none": range(11),
+    "a pair": [0, 1, 2, 1, 4, 5, 6, 7, 8, 9, 10],
+    "further negatives": [0, 1, 2, 3, 4, 5, 0, 0, 5, 9, 9],
+    "two sentences": [0, 1] * 5 + [0],
+    "one sentence": [7] * 11,
+}
+
+
+@pytest.mark.parametrize("ids", REPEATED.values(), ids=REPEATED)
+@pytest.mark.parametrize("columns", [6, 11])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("modulate", MODULATES)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_repeated_sentences_are_left_out(ids, columns, objective, modulate, stopped):
+    sim = torch.tensor(similarities(6, columns, seed=8), requires_grad=True)
+    ids = torch.tensor(ids)[:columns]
+    arguments = (objective, 0.05, 0.3, modulate, stopped, 9.0)
+    value, by_hand = masked_loss_and_weights_by_hand(sim.detach().numpy(), ids, *arguments)
+    masked = loss(sim, *arguments, ids)
+    assert masked.item() == pytest.approx(value, rel=1e-12, abs=1e-12)
+    (autograd,) = torch.autograd.grad(masked, sim)
+    np.testing.assert_allclose(autograd.numpy(), by_hand, rtol=1e-10, atol=1e-12)
+    closed = gradient_weights(sim.detach(), *arguments, ids)
+    np.testing.assert_allclose(closed.numpy(), by_hand, rtol=1e-10, atol=1e-12)
+    repeats = (ids[:6, None] == ids) & ~torch.eye(6, columns, dtype=torch.bool)
+    assert (autograd[repeats] == 0).all()
+    assert (closed[repeats] == 0).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_row_without_negatives_costs_nothing(objective):
+    sim = torch.tensor(similarities(4, 4, seed=9)).float().requires_grad_()
+    ids = torch.zeros(4, dtype=torch.int64)
+    value = loss(sim, objective, sentence_ids=ids)
+    assert value == 0
+    value.backward()
+    assert (sim.grad == 0).all()
+    assert (gradient_weights(sim.detach(), objective, sentence_ids=ids) == 0).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ids_that_all_differ_change_nothing(objective):
+    sim = torch.tensor(similarities(6, 11, seed=10))
+    ids = torch.arange(11).flip(0)
+    assert torch.equal(loss(sim, objective, sentence_ids=ids), loss(sim, objective))
+    assert torch.equal(
+        gradient_weights(sim, objective, sentence_ids=ids), gradient_weights(sim, objective)
+    )
+
+
+@pytest.mark.parametrize("shape", [(6,), (12,), (11, 1), ()])
+def test_ids_that_are_not_one_a_column_are_refused(shape):
+    sim, ids = torch.zeros(6, 11), torch.zeros(shape, dtype=torch.int64)
+    for function in (logits, loss, gradient_weights):
+        with pytest.raises(ValueError, match=r"sentence_ids must be \(11,\)"):
+            function(sim, sentence_ids=ids)
