@@ -2,7 +2,8 @@
 
 Every function takes `sim`, an (N, M) matrix of cosine similarities with M >= N: row i is the
 anchor u_i, column j < N is the view v_j of sentence j, so positives lie on the diagonal; columns
-from N on are further negatives. Half precision is computed in float32, float64 stays float64.
+from N on are further negatives. `chunked_loss` alone takes the embeddings, for batches whose
+matrix does not fit in memory. Half precision is computed in float32, float64 stays float64.
 
 Sources: InfoNCE as in SimCSE (Gao et al. 2021, equation 4); Focal-InfoNCE as in Hou & Li 2023
 (arXiv 2310.06918, section 3) and their code: gradients flow through the modulation; the
@@ -10,17 +11,22 @@ hardness-weighted softmax as in Lan et al. 2025 (arXiv 2503.04812, equation 5).
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 Objective = Literal["info_nce", "focal_info_nce", "hardness_info_nce"]
 Modulate = Literal["both", "positive", "negative", "none"]
 
 ALPHA = 9.0
 """The hardness weight of Lan et al. 2025."""
+
+CHUNK_ENTRIES = 2**22
+"""Entries of the similarity matrix that `chunked_loss` holds at a time: 16 MiB of float32, of
+which there are some ten at once. Larger ones are slower on a CPU: malloc maps each anew."""
 
 
 def check_parameters(temperature: float, m: float, modulate: str, alpha: float = 0.0) -> None:
@@ -41,24 +47,37 @@ def _full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_similarities(sim: Tensor) -> Tensor:
-    if sim.ndim != 2 or not 0 < sim.shape[0] <= sim.shape[1]:
-        raise ValueError(f"sim must be (N, M) with M >= N >= 1, got {tuple(sim.shape)}")
+def _check_similarities(sim: Tensor, first: int) -> Tensor:
+    if sim.ndim != 2 or len(sim) == 0 or not 0 <= first <= sim.shape[1] - len(sim):
+        raise ValueError(
+            "sim must be (N, M) with N >= 1 and M >= N + first, first >= 0, "
+            f"got {tuple(sim.shape)} and first {first}"
+        )
     return _full_precision(sim)
 
 
-def _positives(sim: Tensor) -> Tensor:
-    return torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
+def _positives(sim: Tensor, first: int) -> Tensor:
+    positives = torch.zeros(sim.shape, dtype=torch.bool, device=sim.device)
+    positives.diagonal(first).fill_(True)
+    return positives
 
 
-def _repeats(sentence_ids: Tensor, positives: Tensor) -> Tensor:
+def _repeats(sentence_ids: Tensor, positives: Tensor, first: int) -> Tensor:
     rows, columns = positives.shape
     if sentence_ids.shape != (columns,):
         raise ValueError(
             f"sentence_ids must be ({columns},), one for each column, "
             f"got {tuple(sentence_ids.shape)}"
         )
-    return (sentence_ids[:rows, None] == sentence_ids) & ~positives
+    return (sentence_ids[first : first + rows, None] == sentence_ids) & ~positives
+
+
+def _unit_rows(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"u and v must be (N, D) and (M, D), got {tuple(u.shape)} and {tuple(v.shape)}"
+        )
+    return F.normalize(_full_precision(u), dim=1), F.normalize(_full_precision(v), dim=1)
 
 
 def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
@@ -71,13 +90,9 @@ def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
     Returns:
         (N, M) float32 (float64 for float64 inputs), values in [-1, 1] up to rounding.
     """
-    if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[1]:
-        raise ValueError(
-            f"u and v must be (N, D) and (M, D), got {tuple(u.shape)} and {tuple(v.shape)}"
-        )
     # Autocast would take the product down to half precision again.
     with torch.autocast(u.device.type, enabled=False):
-        u, v = F.normalize(_full_precision(u), dim=1), F.normalize(_full_precision(v), dim=1)
+        u, v = _unit_rows(u, v)
         return u @ v.T
 
 
@@ -89,6 +104,7 @@ def logits(
     stop_gradient: bool = False,
     alpha: float = 0.0,
     sentence_ids: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """The logits that the softmax of a row sees: s/tau, or a form that weighs hardness.
 
@@ -109,6 +125,8 @@ def logits(
             and row i is sentence_ids[i]. A negative that is its anchor's own sentence is a false
             one: its logit is -inf, so that it has no part in the softmax and gets no pull. None:
             no sentence occurs twice.
+        first: where `sim` is a block of rows of a larger matrix, the number of its first row: row
+            i is anchor first + i, and its positive is in column first + i.
 
     Returns:
         (N, M) float32 (float64 for float64 input).
@@ -117,16 +135,16 @@ def logits(
         ValueError: a parameter is out of range, or `sim` or `sentence_ids` has another shape.
     """
     check_parameters(temperature, m, modulate, alpha)
-    sim = _check_similarities(sim)
+    sim = _check_similarities(sim, first)
     factor = sim.detach() if stop_gradient else sim
     positive = sim * factor if modulate in ("both", "positive") else sim
     negative = sim * (factor + m) if modulate in ("both", "negative") else sim
-    positives = _positives(sim)
+    positives = _positives(sim, first)
     rows = torch.where(positives, positive, negative) / temperature
     if alpha:
         rows = rows + alpha * sim.detach().masked_fill(positives, 0)
     if sentence_ids is not None:
-        rows = rows.masked_fill(_repeats(sentence_ids, positives), -math.inf)
+        rows = rows.masked_fill(_repeats(sentence_ids, positives, first), -math.inf)
     return rows
 
 
@@ -158,8 +176,8 @@ def hardness_info_nce(sim: Tensor, temperature: float = 0.05, alpha: float = ALP
     return _cross_entropy(logits(sim, temperature, modulate="none", alpha=alpha))
 
 
-def _cross_entropy(rows: Tensor) -> Tensor:
-    return F.cross_entropy(rows, torch.arange(len(rows), device=rows.device))
+def _cross_entropy(rows: Tensor, first: int = 0) -> Tensor:
+    return F.cross_entropy(rows, torch.arange(first, first + len(rows), device=rows.device))
 
 
 def info_nce(sim: Tensor, temperature: float = 0.05) -> Tensor:
@@ -197,6 +215,7 @@ def loss(
     stop_gradient: bool = False,
     alpha: float = ALPHA,
     sentence_ids: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """The loss of a batch by the name of its objective; the others' parameters are ignored.
 
@@ -204,7 +223,8 @@ def loss(
     """
     modulate = effective_modulation(objective, modulate)
     alpha = effective_alpha(objective, alpha)
-    return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient, alpha, sentence_ids))
+    rows = logits(sim, temperature, m, modulate, stop_gradient, alpha, sentence_ids, first)
+    return _cross_entropy(rows, first)
 
 
 def gradient_weights(
@@ -216,6 +236,7 @@ def gradient_weights(
     stop_gradient: bool = False,
     alpha: float = ALPHA,
     sentence_ids: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """The closed form of dL/dsim: how hard, and which way, the loss pulls on each similarity.
 
@@ -233,6 +254,7 @@ def gradient_weights(
         modulate, stop_gradient: as in `logits`, for focal_info_nce.
         alpha: as in `logits`, for hardness_info_nce.
         sentence_ids: as in `logits`; a repeated sentence has p = 0, hence weight 0.
+        first: as in `logits`; N is the number of rows in the block.
 
     Returns:
         (N, M) float32 (float64 for float64 input), equal to autograd of the loss; the mean over
@@ -240,8 +262,9 @@ def gradient_weights(
     """
     modulate = effective_modulation(objective, modulate)
     alpha = effective_alpha(objective, alpha)
-    p = logits(sim, temperature, m, modulate, stop_gradient, alpha, sentence_ids).softmax(dim=1)
-    sim, positives = _full_precision(sim), _positives(sim)
+    rows = logits(sim, temperature, m, modulate, stop_gradient, alpha, sentence_ids, first)
+    p = rows.softmax(dim=1)
+    sim, positives = _full_precision(sim), _positives(sim, first)
     one = torch.ones_like(sim)
     own = 0 if stop_gradient else sim  # the factor's share of the slope
     slope = torch.where(
@@ -250,3 +273,88 @@ def gradient_weights(
         sim + own + m if modulate in ("both", "negative") else one,
     )
     return (p - positives.to(p.dtype)) * slope / (len(sim) * temperature)
+
+
+class _LossInChunks(torch.autograd.Function):
+    """`loss` of the cosines of unit vectors, with its gradient from the same pass over the rows.
+
+    A chunk of rows has all its columns, so its softmax is complete and its share of both
+    gradients follows from `gradient_weights` at once: nothing is kept for the backward pass but
+    the gradients themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, u: Tensor, v: Tensor, chunk_size: int, arguments: dict[str, Any]
+    ) -> Tensor:
+        value = u.new_zeros(())
+        du, dv = torch.empty_like(u), torch.zeros_like(v)
+        for first in range(0, len(u), chunk_size):
+            anchors = u[first : first + chunk_size]
+            share = len(anchors) / len(u)
+            sim = anchors @ v.T
+            value += share * loss(sim, **arguments, first=first)
+            if any(ctx.needs_input_grad):
+                weights = gradient_weights(sim, **arguments, first=first)
+                du[first : first + chunk_size] = share * (weights @ v)
+                dv.addmm_(weights.T, anchors, alpha=share)
+        ctx.save_for_backward(du, dv)
+        return value
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled():  # a graph is asked for, in which du and dv would be constants
+            raise RuntimeError("chunked_loss has no second derivatives: take loss")
+        du, dv = ctx.saved_tensors
+        return upstream * du, upstream * dv, None, None
+
+
+def chunked_loss(
+    u: Tensor,
+    v: Tensor,
+    objective: Objective = "focal_info_nce",
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+    stop_gradient: bool = False,
+    alpha: float = ALPHA,
+    sentence_ids: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The `loss` of `similarity_matrix(u, v)` without the matrix: a few of its rows at a time.
+
+    Value and gradients are those of `loss` up to rounding, in memory that grows with N and M and
+    not with their product. The gradients are computed along with the value; asking for second
+    derivatives (`create_graph`) raises RuntimeError.
+
+    Args:
+        u: (N, D) float, the anchors.
+        v: (M, D) float, M >= N: v_i is the other view of u_i, rows from N on are further
+            negatives.
+        objective, temperature, m, modulate, stop_gradient, alpha: as in `gradient_weights`.
+        sentence_ids: (M,) int64, as in `logits`.
+        chunk_size: rows at a time, >= 1; None takes `CHUNK_ENTRIES` / M.
+
+    Returns:
+        () float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a parameter is out of range, or a tensor has another shape.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    arguments = {
+        "objective": objective,
+        "temperature": temperature,
+        "m": m,
+        "modulate": modulate,
+        "stop_gradient": stop_gradient,
+        "alpha": alpha,
+        "sentence_ids": sentence_ids,
+    }
+    with torch.autocast(u.device.type, enabled=False):
+        u, v = _unit_rows(u, v)
+        if not 0 < len(u) <= len(v):
+            raise ValueError(f"v must have a row for each of u's, got {len(v)} for {len(u)}")
+        chunk_size = chunk_size or max(1, CHUNK_ENTRIES // len(v))
+        return _LossInChunks.apply(u, v, chunk_size, arguments)
