@@ -7,9 +7,10 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 import tyro
 
-from fcse import __version__, data, plots
+from fcse import __version__, data, plots, processes
 from fcse.checkpoints import import_checkpoint
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -224,6 +225,8 @@ def _check_json(path: Path | None) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    if not processes.world().is_main_process:
+        return
     try:
         path.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
@@ -329,16 +332,32 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         raise
 
 
+class _Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt no error, so that nothing on its way catches it."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: exit code 0, 2 with one line on what the user can mend, 130 after Ctrl-C."""
+    """Entry point: exit code 0, or 2 with one line on what the user can mend.
+
+    Ctrl-C ends with 130 and SIGTERM with 143, as shells expect.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    first = processes.world().is_main_process
     try:
-        _parse(sys.argv[1:] if arguments is None else arguments)()
+        with redirect_stdout(sys.stdout if first else io.StringIO()):
+            _parse(sys.argv[1:] if arguments is None else arguments)()
     except InputError as error:
         print(f"fcse: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fcse: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        terminated = isinstance(stop, _Terminated)
+        how = "terminated" if terminated else "interrupted"
+        print(f"fcse: {how}: training goes on when the same command is given", file=sys.stderr)
+        sys.exit(143 if terminated else 130)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from fcse import processes
 from fcse.data import STS_TASKS, SentencePairs, load_lee, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -39,7 +40,7 @@ def embed_pairs(
     for pairs in tasks:
         for sentence in (*pairs.left, *pairs.right):
             row.setdefault(sentence, len(row))
-    x = encoder.encode(list(row), normalize=True)
+    x = processes.encode(encoder, list(row))
     return [(x[[row[s] for s in pairs.left]], x[[row[s] for s in pairs.right]]) for pairs in tasks]
 
 

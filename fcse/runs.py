@@ -2,21 +2,37 @@
 
 import hashlib
 import json
+import os
 import platform
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fcse.cards import write_card
+from fcse.data import first_line
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 
 _RECORD, _METRICS, _MODEL, _CHECKPOINTS = "run.json", "metrics.jsonl", "model", "checkpoints"
+_RESUME, _TENSORS, _FACTS = "resume", "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a run needs to go on after a step: tensors by name, and plain facts."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
 
 
 def versions() -> dict[str, str]:
@@ -76,19 +92,25 @@ class RunFolder:
         return record if record.get("finished") else None
 
     def start(self) -> None:
-        """Make the folder ready; what an interrupted try of the same run left is removed."""
-        try:
+        """Make the folder ready: cut back to its last whole state, or emptied where it has none.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / _METRICS).unlink(missing_ok=True)
-            shutil.rmtree(self.model, ignore_errors=True)
-            shutil.rmtree(self.path / _CHECKPOINTS, ignore_errors=True)
+            state = self.last_state()
+            if state is None:
+                (self.path / _METRICS).unlink(missing_ok=True)
+                for folder in (_MODEL, _CHECKPOINTS, _RESUME):
+                    shutil.rmtree(self.path / folder, ignore_errors=True)
+            else:
+                os.truncate(self.path / _METRICS, state.facts["metrics_bytes"])
             self._write_record(self.identity | {"finished": False})
-        except OSError as error:
-            raise InputError(f"output {self.path} cannot be written: {error.strerror}") from None
 
     def log(self, **numbers: float) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / _METRICS).open("a") as file:
+        with self._writing(), (self.path / _METRICS).open("a") as file:
             file.write(json.dumps(numbers) + "\n")
 
     def metrics(self) -> tuple[list[float], list[dict[str, float]]]:
@@ -100,27 +122,87 @@ class RunFolder:
     def keep(self, encoder: SentenceEncoder) -> None:
         """Make this encoder the run's model."""
         partial = self.path / f"{_MODEL}.partial"
-        encoder.save_pretrained(partial)
-        shutil.rmtree(self.model, ignore_errors=True)
-        partial.rename(self.model)
+        with self._writing():
+            encoder.save_pretrained(partial)
+            shutil.rmtree(self.model, ignore_errors=True)
+            partial.rename(self.model)
 
     def keep_checkpoint(self, step: int, encoder: SentenceEncoder) -> None:
         """Keep the weights of a step beside the model, in half precision."""
-        folder = self.path / _CHECKPOINTS
-        folder.mkdir(exist_ok=True)
         weights = {k: x.detach().cpu().half().contiguous() for k, x in encoder.state_dict().items()}
-        save_file(weights, folder / f"{step}.safetensors")
+        path = self.path / _CHECKPOINTS / f"{step}.safetensors"
+        partial = path.with_suffix(".partial")
+        with self._writing():
+            path.parent.mkdir(exist_ok=True)
+            save_file(weights, partial)
+            partial.rename(path)
 
     def checkpoints(self) -> dict[int, Path]:
         """Step -> file of its weights, in the order of the steps."""
         found = (self.path / _CHECKPOINTS).glob("*.safetensors")
         return {int(path.stem): path for path in sorted(found, key=lambda path: int(path.stem))}
 
+    def keep_state(self, state: State) -> None:
+        """Write what the run needs to go on, beside and then renamed; the last two are kept."""
+        folder = self.path / _RESUME
+        partial = folder / "partial"
+        metrics_bytes = (self.path / _METRICS).stat().st_size
+        with self._writing():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(state.tensors, partial / _TENSORS)
+            facts = json.dumps(state.facts | {"metrics_bytes": metrics_bytes})
+            (partial / _FACTS).write_text(facts)
+            shutil.rmtree(folder / str(state.step), ignore_errors=True)  # a damaged one
+            partial.rename(folder / str(state.step))
+        for step in self.states()[2:]:
+            shutil.rmtree(folder / str(step), ignore_errors=True)
+
+    def keep_batch(self, step: int, sentences: Sequence[str]) -> Path:
+        """Write the sentences of a step to a file, one a line."""
+        path = self.path / f"batch_of_step_{step}.txt"
+        with self._writing():
+            path.write_text("\n".join(sentences) + "\n", encoding="utf-8")
+        return path
+
+    def last_state(self) -> State | None:
+        """The newest whole state that was kept, None without one."""
+        for step in self.states():
+            folder = self.path / _RESUME / str(step)
+            try:
+                facts = json.loads((folder / _FACTS).read_text())
+                return State(step, load_file(folder / _TENSORS), facts)
+            except (OSError, ValueError, SafetensorError):  # a machine that went down mid-write
+                continue
+        return None
+
+    def states(self) -> list[int]:
+        """The steps whose states there are, newest first."""
+        found = (self.path / _RESUME).glob("*")
+        return sorted((int(path.name) for path in found if path.name.isdecimal()), reverse=True)
+
     def finish(self, **facts: Any) -> None:
         """Write the model card and the final run.json: identity and what came out."""
         record = self.identity | facts
-        write_card(self.model, record)
-        self._write_record(record | {"finished": True})
+        with self._writing():
+            write_card(self.model, record)
+            self._write_record(record | {"finished": True})
+
+    def drop_states(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.path / _RESUME, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what a full disk or a read-only folder raises into one line."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise InputError(
+                f"run {self.path} cannot be written ({reason}): mend that, and the same command "
+                "goes on from the last whole state"
+            ) from None
 
     def _write_record(self, record: dict[str, Any]) -> None:
         partial = self.path / f"{_RECORD}.partial"

@@ -6,19 +6,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from fcse import losses, speed
+from fcse import losses, micro_batches, processes, speed
 from fcse.data import (
     SentencePairs,
     first_line,
@@ -34,7 +36,7 @@ from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
 from fcse.pooling import Pooling
-from fcse.runs import RunFolder, versions, weights_hash
+from fcse.runs import RunFolder, State, versions, weights_hash
 
 Metric = Literal["last", "lee", "stsb_dev"]
 Precision = Literal["auto", "bf16", "float32"]
@@ -70,7 +72,11 @@ class TrainConfig:
     pooling: Pooling = "cls"
     """How tokens become a sentence vector: cls, mean, mean_first_last or mean_top2."""
     batch_size: int = 64
-    """Sentences a step, N >= 2; each meets N - 1 negatives."""
+    """Sentences a step over all processes, N >= 2; each meets N - 1 negatives."""
+    micro_batch_size: int | None = None
+    """Sentences whose graph is held at a time, >= 1: less memory, one more pass; else all."""
+    mask_duplicates: bool = True
+    """Leave out negatives that are the anchor's own sentence again; the authors do not."""
     steps: int = 100
     """Optimiser steps, >= 1; the corpus is reshuffled each time it runs out."""
     learning_rate: float = 3e-5
@@ -108,13 +114,15 @@ class TrainConfig:
             raise InputError(str(error)) from None
         for name, least in (
             ("batch_size", 2),
+            ("micro_batch_size", 1),
             ("steps", 1),
             ("max_length", 3),
             ("seed", 0),
             ("eval_steps", 1),
         ):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
         if self.seed >= 2**32:
             raise InputError(f"seed must be below 2**32, got {self.seed}")
         if not 0 < self.learning_rate < 1:
@@ -206,7 +214,9 @@ def train(
 
     AdamW without weight decay, linear decay to 0, gradients clipped at norm 1.0, two dropout
     views in one forward pass: SimCSE's recipe (Gao et al. 2021, appendix A).
-    The same config on the same machine gives the same losses to the last bit.
+    The same config on the same machine gives the same losses to the last bit, also where a run
+    was killed on its way: it goes on from the last scoring whose state is whole.
+    Under `accelerate launch` every process calls it: negatives are shared, the first one writes.
 
     Args:
         config: what to run.
@@ -215,11 +225,13 @@ def train(
 
     Raises:
         InputError: a corpus or encoder that cannot be loaded, a corpus smaller than a batch, an
-            output folder that holds something else, or a loss that is not finite.
+            output folder that holds something else or cannot be written, or a loss or gradient
+            that is not finite.
     """
     folder = RunFolder(config.folder, config.identity)
     if folder.record() is None:
         _train(config, folder, callback)
+    folder.drop_states()
     return load_run(config)
 
 
@@ -266,16 +278,35 @@ def _read(folder: RunFolder, config: TrainConfig, record: dict[str, Any]) -> Tra
     )
 
 
+@dataclass
+class _Progress:
+    """What a run remembers from step to step beside its tensors."""
+
+    processes: int
+    step: int = 0
+    best: float = -math.inf
+    kept_step: int = 0
+    kept_scores: dict[str, float] = field(default_factory=dict)
+    masked_pairs: int = 0
+    wall_time_s: float = 0.0
+
+
 def _train(
     config: TrainConfig,
     folder: RunFolder,
     callback: Callable[[int, SentenceEncoder], None] | None,
 ) -> None:
     started = time.perf_counter()
-    accelerator = Accelerator()
-    device = accelerator.device
+    world = processes.world()
+    first = world.is_main_process
+    if config.batch_size % world.num_processes:
+        raise InputError(
+            f"batch_size {config.batch_size} cannot be shared evenly by "
+            f"{world.num_processes} processes"
+        )
+    device = world.device
     precision = resolve_precision(config.precision, device)
-    _make_deterministic(config.seed, device)
+    _make_deterministic((config.seed + world.process_index) % 2**32, device)
 
     sentences = load_corpus(config.corpus)
     if len(sentences) < config.batch_size:
@@ -286,66 +317,173 @@ def _train(
     judged = judged_pairs(config.metric)
     encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
     first_weights = weights_hash(encoder.backbone)
-    optimizer = torch.optim.AdamW(
-        encoder.parameters(), config.learning_rate, weight_decay=0.0, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.steps)
-    encoder, optimizer, schedule = accelerator.prepare(encoder, optimizer, schedule)
+    encoder.to(device)
+    parameters = list(encoder.parameters())
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=0.0, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    folder.start()
-    folder.log(step=0, **score(encoder, judged))
-    best = -math.inf
-    kept_step, kept_scores = 0, {}
-    encoder.train()
-    batches = tqdm(_batches(sentences, config), config.name, config.steps, unit="step")
-    for step, batch in enumerate(batches, start=1):
+    def views(token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         with autocast, speed.cheap_dropout_in(encoder.backbone):
-            u, v = encoder(encoder.tokenize(batch, config.max_length))
-        sim = losses.similarity_matrix(u, v)
-        loss = losses.loss(
-            sim,
-            config.objective,
-            config.temperature,
-            config.m,
-            config.modulate,
-            config.stop_gradient,
-            config.alpha,
-        )
-        if not loss.isfinite():
-            raise InputError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
+            return encoder(token_ids)
+
+    world.wait_for_everyone()
+    if first:
+        folder.start()
+    world.wait_for_everyone()
+    progress = _Progress(world.num_processes)
+    state = folder.last_state()
+    if state is not None:
+        progress = _restore(state, folder, encoder, optimizer)
+    else:
+        scores = score(encoder, judged)
+        if first:
+            folder.log(step=0, **scores)
+    before_s = progress.wall_time_s
+    encoder.train()
+    batches = tqdm(
+        _batches(sentences, config, progress.step),
+        config.name,
+        config.steps,
+        initial=progress.step,
+        unit="step",
+        disable=not first,
+    )
+    for step, batch in enumerate(batches, start=progress.step + 1):
+        token_ids = encoder.tokenize(batch, config.max_length)
+        sentence_ids, masked = _duplicates(token_ids) if config.mask_duplicates else (None, 0)
+        learning_rate = config.learning_rate * (1 - (step - 1) / config.steps)
+        optimizer.param_groups[0]["lr"] = learning_rate
 
         optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(encoder.parameters(), 1.0)
+        loss = micro_batches.backward(
+            views,
+            processes.share(token_ids),
+            config.micro_batch_size or config.batch_size,
+            partial(_loss, config, sentence_ids),
+        )
+        loss = processes.mean(loss).item()
+        processes.average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            path = folder.keep_batch(step, batch)
+            raise InputError(
+                f"at step {step} the loss is {loss} and the gradient's norm {norm}: lower the "
+                f"learning rate; its sentences are in {path}, the last good state is that of step "
+                f"{next(iter(folder.states()), 0)}"
+            )
         optimizer.step()
-        folder.log(step=step, loss=loss.item(), learning_rate=schedule.get_last_lr()[0])
-        schedule.step()
-        batches.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if first:
+            folder.log(step=step, loss=loss, learning_rate=learning_rate)
+        batches.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
+        progress.step = step
+        progress.masked_pairs += masked
+        progress.wall_time_s = before_s + time.perf_counter() - started
         if step % config.eval_steps == 0 or step == config.steps:
             scores = score(encoder, judged)
-            folder.log(step=step, **scores)
             value = scores.get(config.metric, math.nan)
             value = -math.inf if math.isnan(value) else value
-            keep = step == config.steps if config.metric == "last" else value >= best
+            keep = step == config.steps if config.metric == "last" else value >= progress.best
             if keep:
-                best, kept_step, kept_scores = value, step, scores
-                folder.keep(encoder)
-            if config.checkpoints and step < config.steps:
-                folder.keep_checkpoint(step, encoder)
+                progress.best, progress.kept_step, progress.kept_scores = value, step, scores
+            states = gather_object([micro_batches.random_state()])
+            if first:
+                folder.log(step=step, **scores)
+                if keep:
+                    folder.keep(encoder)
+                if config.checkpoints and step < config.steps:
+                    folder.keep_checkpoint(step, encoder)
+                if step < config.steps:
+                    folder.keep_state(_state(progress, encoder, optimizer, states))
         if callback is not None:
             callback(step, encoder)
 
-    folder.finish(
-        device=str(device),
-        precision=precision,
-        wall_time_s=round(time.perf_counter() - started, 1),
-        kept_step=kept_step,
-        scores=kept_scores,
-        corpus={"sentences": len(sentences), "sha256": text_hash(sentences)},
-        weights={"first": first_weights, "last": weights_hash(encoder.backbone)},
+    if first:
+        folder.finish(
+            device=str(device),
+            precision=precision,
+            processes=progress.processes,
+            wall_time_s=round(progress.wall_time_s, 1),
+            kept_step=progress.kept_step,
+            scores=progress.kept_scores,
+            corpus={"sentences": len(sentences), "sha256": text_hash(sentences)},
+            masked_pairs=progress.masked_pairs,
+            weights={"first": first_weights, "last": weights_hash(encoder.backbone)},
+        )
+    world.wait_for_everyone()
+
+
+def _loss(config: TrainConfig, sentence_ids: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+    """The loss of this process' anchors against the candidates of all."""
+    v = processes.gather_rows(v)
+    if sentence_ids is not None:
+        sentence_ids = processes.own_first(sentence_ids.to(v.device))
+    return losses.chunked_loss(
+        u,
+        v,
+        config.objective,
+        config.temperature,
+        config.m,
+        config.modulate,
+        config.stop_gradient,
+        config.alpha,
+        sentence_ids,
     )
+
+
+def _duplicates(token_ids: Sequence[Sequence[int]]) -> tuple[Tensor | None, int]:
+    """A number for each distinct sentence of a batch, (N,) int64, and how many pairs share one.
+
+    Sentences are the same where the encoder cannot tell them apart; None where all are distinct.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    ids = torch.tensor([numbers.setdefault(tuple(ids), len(numbers)) for ids in token_ids])
+    if len(numbers) == len(ids):
+        return None, 0
+    return ids, int((ids.bincount() ** 2).sum()) - len(ids)
+
+
+def _state(
+    progress: _Progress,
+    encoder: SentenceEncoder,
+    optimizer: torch.optim.Optimizer,
+    random_states: list[dict[str, Tensor]],
+) -> State:
+    """Everything that decides how a run goes on: weights, moments, generators, progress."""
+    tensors = {f"weights/{name}": x for name, x in encoder.state_dict().items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{name}": x for name, x in moments.items()}
+    for process, random_state in enumerate(random_states):
+        tensors |= {f"random/{process}/{kind}": x for kind, x in random_state.items()}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    return State(progress.step, tensors, asdict(progress))
+
+
+def _restore(
+    state: State, folder: RunFolder, encoder: SentenceEncoder, optimizer: torch.optim.Optimizer
+) -> _Progress:
+    """Take encoder, optimiser and this process' generators to a `_state`."""
+    progress = _Progress(**{f.name: state.facts[f.name] for f in fields(_Progress)})
+    now = processes.world()
+    if progress.processes != now.num_processes:
+        raise InputError(
+            f"run {folder.path} was begun by {progress.processes} processes, not "
+            f"{now.num_processes}: go on with as many, or delete it"
+        )
+    moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    weights, random_state = {}, {}
+    for path, x in state.tensors.items():
+        match path.split("/"):
+            case ["weights", name]:
+                weights[name] = x
+            case ["optimizer", i, name]:
+                moments[int(i)][name] = x
+            case ["random", process, kind] if int(process) == now.process_index:
+                random_state[kind] = x
+    encoder.load_state_dict(weights)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(moments)})
+    micro_batches.set_random_state(random_state)
+    return progress
 
 
 def score(encoder: SentenceEncoder, judged: dict[str, SentencePairs]) -> dict[str, float]:
@@ -388,11 +526,13 @@ def _make_deterministic(seed: int, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _batches(sentences: list[str], config: TrainConfig) -> Iterator[list[str]]:
+def _batches(sentences: list[str], config: TrainConfig, start: int) -> Iterator[list[str]]:
+    """The batches behind step `start`; each epoch is a permutation, its remainder left out."""
     order = np.random.default_rng(config.seed)
     rows: list[int] = []
-    for _ in range(config.steps):
+    for step in range(config.steps):
         if len(rows) < config.batch_size:
             rows = order.permutation(len(sentences)).tolist()
         batch, rows = rows[: config.batch_size], rows[config.batch_size :]
-        yield [sentences[i] for i in batch]
+        if step >= start:
+            yield [sentences[i] for i in batch]

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import one_line_refusal
 
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -127,19 +129,6 @@ def test_a_folder_with_other_files_is_left_alone(config, tmp_path):
     assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"]
 
 
-def test_an_interrupted_run_starts_again(config, tmp_path):
-    def stop(step, encoder):
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
-    with pytest.raises(InputError, match="no finished run"):
-        load_run(config)
-    undisturbed = train(replace(config, output=str(tmp_path / "undisturbed")))
-    assert train(config).losses == undisturbed.losses
-
-
 def test_metric_keeps_the_best_evaluated_weights(config, tmp_path):
     # At a rate this high the score goes up and down, and for most seeds the last is not the best.
     config = replace(config, metric="lee", steps=6, eval_steps=1, learning_rate=3e-2)
@@ -199,9 +188,28 @@ def test_a_corpus_smaller_than_a_batch_is_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config):
-    with pytest.raises(InputError, match="step"):
-        train(replace(config, learning_rate=0.99, steps=60, temperature=1e-38))
+def test_a_loss_that_is_not_finite_stops_the_run(config, sentences):
+    with one_line_refusal(
+        r"at step 1 the loss is .* its sentences are in .* state is that of step 0"
+    ):
+        train(replace(config, temperature=1e-38))
+    batch = (config.folder / "batch_of_step_1.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(batch)) == 8
+    assert set(batch) <= set(sentences[:40])
+
+
+def test_duplicates_are_masked_and_counted(config, sentences):
+    Path(config.corpus).write_text("\n".join(sentences[:8] * 2), encoding="utf-8")
+    whole_corpus = replace(config, batch_size=16, steps=2)
+    assert train(whole_corpus).record["masked_pairs"] == 2 * 16
+    unmasked = replace(whole_corpus, mask_duplicates=False, output=f"{config.output}-unmasked")
+    assert train(unmasked).record["masked_pairs"] == 0
+    assert load_run(whole_corpus).losses[0] < load_run(unmasked).losses[0] - 0.1
+
+
+def test_without_duplicates_the_mask_changes_nothing(config):
+    unmasked = replace(config, mask_duplicates=False, output=f"{config.output}-unmasked")
+    assert train(config).losses == train(unmasked).losses
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""Loss, gradients and embeddings of one batch, whatever the number of processes.
+
+As a script under `accelerate launch`, the first process writes them to a file:
+    one_step.py MODEL CORPUS MICRO_BATCH_SIZE FILE
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fcse import losses, micro_batches, processes
+from fcse.encoder import SentenceEncoder
+
+LENGTH = 16
+
+
+def one_step(model, sentences, micro_batch_size):
+    encoder = SentenceEncoder.from_pretrained(model).train()
+    token_ids = encoder.tokenize(sentences, LENGTH)
+    numbers = {ids: i for i, ids in enumerate(sorted(set(map(tuple, token_ids))))}
+    sentence_ids = torch.tensor([numbers[tuple(ids)] for ids in token_ids])
+
+    def loss_of(u, v):
+        own = processes.own_first(sentence_ids)
+        return losses.chunked_loss(u, processes.gather_rows(v), sentence_ids=own)
+
+    loss = micro_batches.backward(encoder, processes.share(token_ids), micro_batch_size, loss_of)
+    processes.average_gradients(encoder.parameters())
+    tensors = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+    embeddings = torch.from_numpy(processes.encode(encoder, sentences[:-1]))
+    return tensors | {"loss": processes.mean(loss), "embeddings": embeddings}
+
+
+if __name__ == "__main__":
+    model, corpus, micro_batch_size, file = sys.argv[1:]
+    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
+    result = one_step(model, lines, int(micro_batch_size))
+    if processes.world().is_main_process:
+        save_file(result, file)

@@ -1,0 +1,202 @@
+"""A run that is killed, stopped or cannot write goes on as if nothing had been."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import one_line_refusal
+
+from fcse.cli import main
+from fcse.data import is_folder
+from fcse.training import TrainConfig, read_run, train
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, small_corpus, tmp_path_factory):
+    config = TrainConfig(
+        recipe="minilm-wiki",
+        encoder=str(tiny_model("bert")),
+        corpus=str(small_corpus),
+        batch_size=8,
+        steps=40,
+        learning_rate=1e-2,
+        max_length=16,
+        eval_steps=5,
+        metric="lee",
+        checkpoints=True,
+        precision="float32",
+        output=str(tmp_path_factory.mktemp("undisturbed") / "run"),
+    )
+    return train(config)
+
+
+@pytest.fixture
+def config(undisturbed, tmp_path):
+    return replace(undisturbed.config, output=str(tmp_path / "run"))
+
+
+def same(run, undisturbed):
+    assert run.record["weights"] == undisturbed.record["weights"]
+    assert run.record["scores"] == undisturbed.record["scores"]
+    assert run.record["kept_step"] == undisturbed.record["kept_step"]
+    assert run.losses == undisturbed.losses
+    assert run.evaluations == undisturbed.evaluations
+    assert run.checkpoints.keys() == undisturbed.checkpoints.keys()
+    for name in ("model/model.safetensors", "model/head.safetensors", "checkpoints/5.safetensors"):
+        assert (run.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
+    assert {p.name for p in run.folder.iterdir()} == {p.name for p in undisturbed.folder.iterdir()}
+
+
+def start(*arguments):
+    """`fcse ...` in a process of its own."""
+    process = FORK.Process(target=main, args=(arguments,))
+    process.start()
+    return process
+
+
+def flags(config):
+    fields = vars(config).items()
+    return ["train"] + [
+        f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        + ("" if isinstance(value, bool) else f"={value}")
+        for name, value in fields
+        if value is not None
+    ]
+
+
+def kill(process, writing, wait):
+    """Kill -9 after a while; with `writing`, once a state is being written after that."""
+    process.join(wait)
+    while writing is not None and process.is_alive() and not is_folder(writing):
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(4, 40), pytest.param(20, 400, marks=pytest.mark.long)]
+)
+def test_killed_at_any_moment_it_ends_as_undisturbed(config, tmp_path, kills, steps):
+    config = replace(config, steps=steps)
+    started = time.perf_counter()
+    undisturbed = train(replace(config, output=str(tmp_path / "undisturbed")))
+    took = time.perf_counter() - started
+    moments = random.Random(kills)
+    states = tmp_path / "run/resume"
+    codes, whole = [], set()
+    for i in range(kills):
+        process = start(*flags(config))
+        writing = states / "partial" if i % 2 else None
+        kill(process, writing, moments.uniform(0, min(0.8 * took, 5)))
+        codes.append(process.exitcode)
+        found = {path.name for path in states.glob("[0-9]*")}
+        assert len(found) <= 3
+        whole |= found
+    assert codes.count(-signal.SIGKILL) > kills / 2, "it finished before it was killed"
+    assert whole, "no state was ever written"
+    same(train(config), undisturbed)
+    assert not states.exists()
+
+
+def test_it_goes_on_from_the_last_whole_state(config, undisturbed, tmp_path):
+    def stop(step, encoder):
+        if step == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    states = tmp_path / "run/resume"
+    assert {path.name for path in states.iterdir()} == {"5", "10"}
+    whole = (states / "10/state.safetensors").read_bytes()
+    (states / "10/state.safetensors").write_bytes(whole[: len(whole) // 2])
+    seen = []
+    same(train(config, lambda step, encoder: seen.append(step)), undisturbed)
+    assert seen == list(range(6, 41))
+
+
+def test_without_a_whole_state_it_starts_again(config, undisturbed, tmp_path):
+    def stop(step, encoder):
+        if step == 7:
+            shutil.rmtree(tmp_path / "run/resume/5")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    same(train(config), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("signal_", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_signals_end_it_as_shells_expect(config, undisturbed, tmp_path, signal_, code, word, capfd):
+    process = start(*flags(config))
+    while not (tmp_path / "run/resume/5").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal_)
+    process.join()
+    assert process.exitcode == code
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == f"fcse: {word}: training goes on when the same command is given"
+    same(train(config), undisturbed)
+
+
+def limited(size, arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    main(arguments)
+
+
+@pytest.mark.parametrize("size", [2_000, 20_000, 200_000])
+def test_a_disk_that_takes_no_more_is_one_line(config, undisturbed, tmp_path, size, capfd):
+    process = FORK.Process(target=limited, args=(size, flags(config)))
+    process.start()
+    process.join()
+    assert process.exitcode == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"fcse: run {tmp_path / 'run'} cannot be written (")
+    assert "Traceback" not in said
+    same(train(config), undisturbed)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_read_only_folder_is_one_line(config, tmp_path):
+    tmp_path.chmod(0o500)
+    with one_line_refusal("cannot be written"):
+        train(config)
+    tmp_path.chmod(0o700)
+
+
+def test_a_half_written_last_line_is_taken_back(config, undisturbed, tmp_path):
+    def stop(step, encoder):
+        if step == 8:
+            with (tmp_path / "run/metrics.jsonl").open("a") as file:
+                file.write('{"step": 9, "lo')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    same(train(config), undisturbed)
+
+
+def test_other_settings_do_not_go_on_with_it(config):
+    def stop(step, encoder):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    with one_line_refusal("holds another run"):
+        train(replace(config, seed=1))
+    assert json.loads((config.folder / "run.json").read_text())["finished"] is False
+    with one_line_refusal("holds no finished run"):
+        read_run(config.folder)
