@@ -52,7 +52,7 @@ class TokenizedCorpus:
         """Tokenise a corpus, or open what an earlier call made of the same sentences.
 
         The corpus is read once to hash it, and once more where it is tokenised. The file is named
-        by the sentences, the tokenizer's own files, `max_length` and the versions of fcse,
+        by the sentences, the tokenizer's own content, `max_length` and the versions of fcse,
         transformers and tokenizers; it is written beside and renamed once it is whole. Processes
         that want the same file at the same time wait for the first one.
 
@@ -161,20 +161,36 @@ def _chunks(sentences: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[
 
 def _key(sha256: str, encoder: SentenceEncoder, max_length: int) -> str:
     """What a tokenised corpus is known by: everything that decides its token ids."""
-    # A fast tokenizer writes down how its last call cut: this call makes that the same each time.
-    encoder.tokenize([""], max_length)
-    tokenizer = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        encoder.tokenizer.save_pretrained(folder)
-        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            tokenizer.update(file.name.encode() + b"\n" + file.read_bytes())
     decides = {
         "sentences": sha256,
-        "tokenizer": tokenizer.hexdigest(),
+        "tokenizer": _tokenizer_hash(encoder, max_length),
         "max_length": min(max_length, encoder.max_length),
         "versions": {name: version(name) for name in ("fcse", "transformers", "tokenizers")},
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def _tokenizer_hash(encoder: SentenceEncoder, max_length: int) -> str:
+    """Hash of what a tokenizer consists of, wherever it lies."""
+    tokenizer = encoder.tokenizer
+    kind = f"{type(tokenizer).__name__} {tokenizer.split_special_tokens}\n"
+    digest = hashlib.sha256(kind.encode())
+    if tokenizer.is_fast:
+        # It also tells how its last call cut: this call makes that the same each time.
+        encoder.tokenize([""], max_length)
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        return digest.hexdigest()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                digest.update(file.name.encode() + b"\n" + file.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"the tokenizer cannot be written to a temporary folder ({error.strerror}): make "
+            "room, or name another with TMPDIR"
+        ) from None
+    return digest.hexdigest()
 
 
 def _open(path: Path, rows: int) -> "Dataset | None":
