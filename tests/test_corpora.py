@@ -375,10 +375,11 @@ def test_cache_that_cannot_be_made_is_named(encoder, small_corpus, tmp_path):
         TokenizedCorpus.load(small_corpus, encoder, 12, blocked)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_cache_is_named_but_still_read(encoder, sentences, small_corpus, tmp_path, cache):
     check_equals_list(small_corpus, encoder, cache)
     cache.chmod(0o555)
+    if os.access(cache, os.W_OK):
+        pytest.skip("this user may write anywhere")
     check_equals_list(small_corpus, encoder, cache)
     other = write(tmp_path / "other.txt", sentences[0])
     with one_line_refusal(r"cannot be written \(Permission denied\)"):
