@@ -32,7 +32,7 @@ class TokenizedCorpus:
     """A corpus with its token ids, both in a memory-mapped Arrow file.
 
     Memory does not grow with the corpus: what is drawn is read from the file, and the operating
-    system lets go of it when it needs the room.
+    system lets go of it when it needs the room. About a byte of index a row stays in memory.
 
     dataset: a row each sentence, columns `sentence` (large_string) and `token_ids` (list<int32>).
     sha256: hash of the sentences, as `data.text_hash` gives it.
@@ -86,6 +86,8 @@ class TokenizedCorpus:
                     f"{cache} cannot be written ({error.strerror}): name another folder with "
                     "XDG_CACHE_HOME, or make room"
                 ) from None
+        if dataset is None:
+            raise InputError(f"{path} cannot be read back: name another folder with XDG_CACHE_HOME")
         return cls(dataset, sha256)
 
     def __len__(self) -> int:

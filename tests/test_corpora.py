@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import bert_config, make_tokenizer, one_line_refusal
 from hypothesis import HealthCheck, given, settings
@@ -219,6 +220,12 @@ def test_tokenizers_of_each_kind(architecture, tiny_model, small_corpus, cache):
     check_equals_list(small_corpus, encoder, cache, max_length=32)
 
 
+def test_a_file_that_cannot_be_mapped_is_named(encoder, small_corpus, cache, monkeypatch):
+    monkeypatch.setattr(corpora, "_open", lambda path, rows: None)
+    with one_line_refusal(r"\.arrow cannot be read back: name another folder"):
+        TokenizedCorpus.load(small_corpus, encoder, 12, cache)
+
+
 @pytest.fixture
 def slow_encoder():
     """A tiny encoder with a tokenizer that has no fast half."""
@@ -303,8 +310,6 @@ def test_a_file_cut_between_two_parts_is_made_again(encoder, small_corpus, cache
     monkeypatch.setattr(corpora, "_CHUNK_SENTENCES", 3)
     corpus = check_equals_list(small_corpus, encoder, cache)
     (path,) = files(cache)
-    import pyarrow as pa
-
     table = corpus.dataset.data.table.slice(0, 6)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
