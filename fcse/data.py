@@ -7,15 +7,20 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from fcse.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 HUB_DATASET = "princeton-nlp/datasets-for-simcse"
 """Dataset repository of the paper's corpus and of the STS suite (SimCSE's README)."""
@@ -142,7 +147,7 @@ def is_folder(path: str | Path) -> bool:
         return False
 
 
-def text_hash(lines: Sequence[str]) -> str:
+def text_hash(lines: Iterable[str]) -> str:
     """Hexadecimal SHA-256 of the lines, each followed by a newline, in UTF-8."""
     digest = hashlib.sha256()
     for line in lines:
@@ -212,52 +217,80 @@ def article_batch(
 
 
 def load_corpus(name_or_path: str | Path, limit: int | None = None) -> list[str]:
-    """The sentences of a corpus, in order, without empty lines.
+    """The sentences of a corpus, in order, without empty lines, as a list in memory.
 
     Args:
-        name_or_path: "wiki-mini" (the packaged Wikipedia slice), "wiki1m" (the paper's million
-            sentences, from the hub), the path of a UTF-8 text file with one sentence a line, or
-            "DATASET:COLUMN" for a text column of a Hugging Face dataset: a hub name (its train
-            split) or a folder written by `save_to_disk`.
-        limit: keep the first `limit` sentences only.
+        name_or_path: a corpus as `corpus_reader` takes it.
+        limit: keep the first `limit` sentences only, and read no further.
 
     Raises:
         InputError: no such corpus, not UTF-8, empty, or the hub is out of reach.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
-    name_or_path = str(name_or_path)
-    if name_or_path == "wiki-mini":
-        sentences = [s for article in load_wiki_articles().values() for s in article]
-    elif name_or_path == "wiki1m":
-        sentences = _read_lines(download("wiki1m_for_simcse.txt"))
-    elif is_file(name_or_path):
-        sentences = _read_lines(Path(name_or_path))
-    elif ":" in name_or_path:
-        sentences = _read_dataset(*name_or_path.rsplit(":", 1), limit)
+    return list(islice(corpus_reader(name_or_path)(), limit))
+
+
+def corpus_reader(name_or_path: str | Path) -> Callable[[], Iterator[str]]:
+    """A function that reads a corpus from its start each time, one sentence after the other.
+
+    A sentence is a line without the white space around it; empty ones are skipped. Neither a text
+    file nor a dataset is held in memory.
+
+    Args:
+        name_or_path: "wiki-mini" (the packaged Wikipedia slice), "wiki1m" (the paper's million
+            sentences, from the hub), the path of a UTF-8 text file with one sentence a line, or
+            "DATASET:COLUMN" for a text column of a Hugging Face dataset: a hub name (its train
+            split) or a folder written by `save_to_disk`.
+
+    Raises:
+        InputError: no such corpus, or the hub is out of reach. Raised while reading: not UTF-8,
+            not text, or no sentence at all.
+    """
+    name = str(name_or_path)
+    if name == "wiki-mini":
+        lines = partial(chain.from_iterable, load_wiki_articles().values())
+    elif name == "wiki1m":
+        lines = partial(_read_lines, download("wiki1m_for_simcse.txt"))
+    elif is_file(name):
+        lines = partial(_read_lines, Path(name))
+    elif ":" in name:
+        dataset, column = name.rsplit(":", 1)
+        lines = partial(_read_column, _load_dataset(dataset, column), dataset, column)
     else:
         raise InputError(
-            f"corpus {name_or_path!r} is no file: give wiki-mini, wiki1m, the path of a text file "
+            f"corpus {name!r} is no file: give wiki-mini, wiki1m, the path of a text file "
             "with one sentence a line, or a Hugging Face dataset as NAME:COLUMN"
         )
-    sentences = [s for s in map(str.strip, sentences) if s]
-    if not sentences:
-        raise InputError(f"corpus {name_or_path!r} has no sentences: put one on each line")
-    return sentences[:limit]
+
+    def sentences() -> Iterator[str]:
+        found = False
+        for sentence in filter(None, map(str.strip, lines())):
+            found = True
+            yield sentence
+        if not found:
+            raise InputError(f"corpus {name!r} has no sentences: put one on each line")
+
+    return sentences
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> Iterator[str]:
     try:
-        # Not splitlines(): that also breaks at form feeds and Unicode separators.
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{path} is not UTF-8 (line {line}): convert it with iconv") from None
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise InputError(
+                        f"{path} is not UTF-8 (line {number}): convert it with iconv"
+                    ) from None
+                # Not splitlines(): that also breaks at form feeds and Unicode separators.
+                yield from text.split("\r")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _read_dataset(name: str, column: str, limit: int | None) -> list[str]:
+def _load_dataset(name: str, column: str) -> "Dataset":
     import datasets
 
     try:
@@ -277,10 +310,23 @@ def _read_dataset(name: str, column: str, limit: int | None) -> list[str]:
         raise InputError(
             f"dataset {name!r} has no column {column!r}: it has {', '.join(dataset.column_names)}"
         )
-    values = dataset[column][:limit] if limit else dataset[column][:]
-    if not all(isinstance(v, str) for v in values):
-        raise InputError(f"column {column!r} of dataset {name!r} is not text")
-    return values
+    return dataset.select_columns(column)
+
+
+def _read_column(dataset: "Dataset", name: str, column: str) -> Iterator[str]:
+    for rows in dataset.iter(batch_size=1000):
+        for value in rows[column]:
+            if not isinstance(value, str):
+                raise InputError(f"column {column!r} of dataset {name!r} is not text")
+            yield value
+
+
+def cache_folder() -> Path:
+    """Where what was made from a download or a corpus is kept: `fcse` under `XDG_CACHE_HOME`.
+
+    Without that variable it is `~/.cache/fcse`.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcse"
 
 
 def download(filename: str) -> Path:
@@ -412,7 +458,7 @@ def _senteval_from_hub() -> Path:
         raise InputError(
             f"no STS data: name a SentEval folder with --senteval or FCSE_SENTEVAL ({error})"
         ) from None
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fcse"
+    cache = cache_folder()
     target = cache / f"senteval-{sha256(archive)[:12]}"
     if not target.is_dir():
         try:
