@@ -3,6 +3,7 @@
 import bz2
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import tarfile
@@ -447,8 +448,12 @@ def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -
         raise InputError(f"unknown split {split!r} of {task}: choose from train, dev, test")
     root = senteval_folder(folder) or _senteval_from_hub()
     if task in STS_SUBSETS:
-        return _read_yearly(root / "STS" / f"{task}-en-test", task)
-    return _read_table(root / _SPLIT_FILES[task][split], task)
+        pairs = _read_yearly(root / "STS" / f"{task}-en-test", task)
+    else:
+        pairs = _read_table(root / _SPLIT_FILES[task][split], task)
+    if len(pairs) < 2:
+        raise InputError(f"{root} has {len(pairs)} scored pairs of {task}: two are needed")
+    return pairs
 
 
 def _senteval_from_hub() -> Path:
@@ -488,13 +493,18 @@ def _read_senteval_lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8: fetch the SentEval data again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _gold(value: str, path: Path, line: int) -> float:
     try:
-        return float(value)
+        score = float(value)
     except ValueError:
-        raise InputError(f"{path}, line {line}: the score {value!r} is no number") from None
+        score = math.nan
+    if not math.isfinite(score):
+        raise InputError(f"{path}, line {line}: the score {value!r} is no number")
+    return score
 
 
 def _words(sentence: str) -> str:

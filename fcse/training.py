@@ -7,13 +7,12 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file
@@ -21,16 +20,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fcse import losses, micro_batches, processes, speed
+from fcse.corpora import TokenizedCorpus, row_batches
 from fcse.data import (
     SentencePairs,
     first_line,
     is_file,
     is_folder,
-    load_corpus,
     load_lee,
     load_sts,
     sha256,
-    text_hash,
 )
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -308,14 +306,14 @@ def _train(
     precision = resolve_precision(config.precision, device)
     _make_deterministic((config.seed + world.process_index) % 2**32, device)
 
-    sentences = load_corpus(config.corpus)
-    if len(sentences) < config.batch_size:
+    encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
+    corpus = TokenizedCorpus.load(config.corpus, encoder, config.max_length)
+    if len(corpus) < config.batch_size:
         raise InputError(
-            f"corpus {config.corpus!r} has {len(sentences)} sentences, fewer than one batch of "
+            f"corpus {config.corpus!r} has {len(corpus)} sentences, fewer than one batch of "
             f"{config.batch_size}: lower batch_size or give more text"
         )
     judged = judged_pairs(config.metric)
-    encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
     first_weights = weights_hash(encoder.backbone)
     encoder.to(device)
     parameters = list(encoder.parameters())
@@ -341,15 +339,15 @@ def _train(
     before_s = progress.wall_time_s
     encoder.train()
     batches = tqdm(
-        _batches(sentences, config, progress.step),
+        row_batches(len(corpus), config.batch_size, config.steps, config.seed, progress.step),
         config.name,
         config.steps,
         initial=progress.step,
         unit="step",
         disable=not first,
     )
-    for step, batch in enumerate(batches, start=progress.step + 1):
-        token_ids = encoder.tokenize(batch, config.max_length)
+    for step, rows in enumerate(batches, start=progress.step + 1):
+        sentences, token_ids = corpus.batch(rows)
         sentence_ids, masked = _duplicates(token_ids) if config.mask_duplicates else (None, 0)
         learning_rate = config.learning_rate * (1 - (step - 1) / config.steps)
         optimizer.param_groups[0]["lr"] = learning_rate
@@ -365,7 +363,7 @@ def _train(
         processes.average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            path = folder.keep_batch(step, batch)
+            path = folder.keep_batch(step, sentences)
             raise InputError(
                 f"at step {step} the loss is {loss} and the gradient's norm {norm}: lower the "
                 f"learning rate; its sentences are in {path}, the last good state is that of step "
@@ -406,7 +404,7 @@ def _train(
             wall_time_s=round(progress.wall_time_s, 1),
             kept_step=progress.kept_step,
             scores=progress.kept_scores,
-            corpus={"sentences": len(sentences), "sha256": text_hash(sentences)},
+            corpus={"sentences": len(corpus), "sha256": corpus.sha256},
             masked_pairs=progress.masked_pairs,
             weights={"first": first_weights, "last": weights_hash(encoder.backbone)},
         )
@@ -524,15 +522,3 @@ def _make_deterministic(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _batches(sentences: list[str], config: TrainConfig, start: int) -> Iterator[list[str]]:
-    """The batches behind step `start`; each epoch is a permutation, its remainder left out."""
-    order = np.random.default_rng(config.seed)
-    rows: list[int] = []
-    for step in range(config.steps):
-        if len(rows) < config.batch_size:
-            rows = order.permutation(len(sentences)).tolist()
-        batch, rows = rows[: config.batch_size], rows[config.batch_size :]
-        if step >= start:
-            yield [sentences[i] for i in batch]
