@@ -3,7 +3,7 @@
 Each text file is made of words of the packaged Wikipedia slice, 4 to 16 a sentence. One fresh
 process tokenises it and draws batches; a second one opens what the first left and draws again.
 
-    python benchmarks/corpus_memory.py                  # about half an hour on two cores
+    python benchmarks/corpus_memory.py                  # about half an hour on two busy cores
     python benchmarks/corpus_memory.py 10000 100000     # other sizes
 """
 
