@@ -22,7 +22,7 @@ from fcse.errors import InputError
 from fcse.losses import effective_modulation
 from fcse.runs import RunFolder
 from fcse.training import TrainConfig
-from fcse.widgets.pictures import encode, image, panel
+from fcse.widgets.pictures import encode, panel
 
 _POLL = 0.5
 """Seconds between two looks at a run's folder."""
@@ -58,7 +58,7 @@ class TrainingPanel:
         message: what the panel says at present, or what the process complained of.
         live: the run that is training or was broken off, as far as it is; else None.
         finished: the runs of the table, in the order they joined.
-        png: the present picture.
+        png, alt: the present picture, and what it shows in words.
     """
 
     def __init__(self, config: Callable[[], TrainConfig]) -> None:
@@ -237,8 +237,8 @@ class TrainingPanel:
         self._draw()
 
     def _draw(self) -> None:
-        self.png, alt = draw_curves(self.finished, self.live)
-        self._picture.value = image(self.png, alt)
+        self.png, self.alt = draw_curves(self.finished, self.live)
+        self._picture.value = plots.image(self.png, self.alt)
 
     def _mark_running(self, running: bool) -> None:
         self.train_button.disabled = running
