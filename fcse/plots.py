@@ -63,6 +63,7 @@ _DASHES = {
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
+    "savefig.bbox": "tight",
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -82,6 +83,7 @@ class Picture(Figure):
 
     alt = ""
 
+    @plt.rc_context(STYLE)
     def _ipython_display_(self) -> None:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi="figure")
