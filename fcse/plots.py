@@ -1,6 +1,9 @@
-"""One function a figure: numbers in, Figure out; an objective has the same colour everywhere."""
+"""One function a figure: numbers in, Picture out; an objective has the same colour everywhere."""
 
-from collections.abc import Mapping, Sequence
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,7 @@ _DASHES = {
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
+    "savefig.bbox": "tight",
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -70,9 +74,65 @@ STYLE = {
 }
 
 
-def _axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+class Picture(Figure):
+    """A figure that says in words what it shows, in a notebook too.
+
+    Attributes:
+        alt: the text alternative.
+    """
+
+    alt = ""
+
+    @plt.rc_context(STYLE)
+    def _ipython_display_(self) -> None:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi="figure")
+        show(buffer.getvalue(), self.alt)
+
+
+def show(png: bytes, alt: str) -> None:
+    """Display a PNG with its text alternative in a notebook.
+
+    JupyterLab's own element for a PNG takes no text alternative, so HTML goes with it; the PNG as
+    such is for converters to print.
+    """
+    from IPython.display import display
+
+    data = {"text/plain": "<Picture>", "text/html": image(png, alt)}
+    data["image/png"] = base64.b64encode(png).decode()
+    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def image(png: bytes, alt: str) -> str:
+    """An HTML image that holds its own bytes and says in words what it shows."""
+    data = base64.b64encode(png).decode()
+    return (
+        f'<img style="max-width: 100%; height: auto" alt="{html.escape(alt)}" '
+        f'src="data:image/png;base64,{data}">'
+    )
+
+
+def _by(table: pd.DataFrame, column: str) -> Iterable[tuple[Any, pd.DataFrame]]:
+    return table.groupby(column, sort=False)
+
+
+def _ends(values: pd.Series, form: str) -> str:
+    return f"{values.iloc[0]:{form}} to {values.iloc[-1]:{form}}"
+
+
+def _at_0_and_1(curve: pd.DataFrame, column: str) -> str:
+    at = np.interp([0, 1], curve["similarity"], curve[column])
+    return f"{at[0]:.3g} to {at[1]:.3g}"
+
+
+def _axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Picture, list[Axes]]:
     figure, axes = plt.subplots(
-        1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False
+        1,
+        columns,
+        figsize=(width * columns, height),
+        layout="constrained",
+        squeeze=False,
+        FigureClass=Picture,
     )
     plt.close(figure)  # shown once, where it is returned, not a second time by the notebook
     return figure, list(axes[0])
@@ -95,8 +155,11 @@ def make_folder(folder: Path) -> None:
 
 
 @plt.rc_context(STYLE)
-def save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
+def save(figure: Picture, table: pd.DataFrame, path: Path) -> None:
     """Write a figure as PNG and SVG, and the numbers behind it as CSV, under one name.
+
+    Both pictures carry the text alternative: PNG as its description, SVG as its title, which a
+    browser reads out.
 
     Args:
         figure: what to write.
@@ -104,13 +167,13 @@ def save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
         path: folder and name without suffix.
     """
     make_folder(path.parent)
-    figure.savefig(path.with_suffix(".png"))
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), metadata={"Description": figure.alt})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Title": figure.alt})
     table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
 
 
 @plt.rc_context(STYLE)
-def scores(table: pd.DataFrame) -> Figure:
+def scores(table: pd.DataFrame) -> Picture:
     """Score of each encoder on each judged task.
 
     Args:
@@ -130,11 +193,17 @@ def scores(table: pd.DataFrame) -> Figure:
         )
         axis.set(title=task, ylabel="Spearman × 100")
         axis.margins(x=0.25, y=0.25)
+    figure.alt = "Spearman × 100 with human judgements. " + " ".join(
+        f"{task}: "
+        + ", ".join(f"{NAMES[row.encoder]} {row.score:.1f}" for row in rows.itertuples())
+        + "."
+        for task, rows in _by(table, "task")
+    )
     return figure
 
 
 @plt.rc_context(STYLE)
-def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Picture:
     """Every seed's score as a point, the mean of each objective with its interval beside.
 
     Args:
@@ -160,11 +229,17 @@ def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         axis.set_xlim(-0.5, len(objectives) - 0.3)
         axis.set(title=task, ylabel="Spearman × 100")
     figure.suptitle("small: one seed (lines join equal seeds); large: mean, 95 % interval", size=10)
+    said = []
+    for (task, objective), rows in scores.groupby(["task", "objective"], sort=False):
+        points = rows["score"]
+        span = f"{points.min():.1f} to {points.max():.1f} over {len(points)} seeds"
+        said.append(f"{task}, {NAMES[objective]}: {span}, mean {points.mean():.1f}.")
+    figure.alt = "Spearman × 100 of every seed, the mean and its interval. " + " ".join(said)
     return figure
 
 
 @plt.rc_context(STYLE)
-def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, float]]) -> Figure:
+def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, float]]) -> Picture:
     """Published averages and runs beside the spread that 50 seeds of SimCSE have.
 
     Args:
@@ -209,11 +284,25 @@ def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, floa
             Line2D([], [], ls="", marker="o", color="black", mfc="white", label="a run (open)")
         )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
+    figure.alt = "Mean Spearman × 100 over the seven STS tasks, a row a backbone. " + " ".join(
+        f"{backbone}: "
+        + ", ".join(
+            f"{NAMES[row.objective]} {row.avg:.1f} ({row.source})" for row in rows.itertuples()
+        )
+        + (
+            "; 50 seeds of InfoNCE: {mean:.1f} ± {sd:.1f}, {min:.1f} to {max:.1f}.".format(
+                **noise[backbone]
+            )
+            if backbone in noise
+            else "."
+        )
+        for backbone, rows in _by(points, "backbone")
+    )
     return figure
 
 
 @plt.rc_context(STYLE)
-def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Figure:
+def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Picture:
     """Loss and score over the steps of each run.
 
     Args:
@@ -228,11 +317,22 @@ def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Figure:
         right.plot(rows["step"], rows["lee"], marker=_MARKERS[run], **_line(run))
     right.set(xlabel="step", ylabel="Lee: Spearman × 100")
     left.legend()
+    figure.alt = "Loss (left) and Spearman × 100 on Lee's documents (right) over the steps. " + (
+        " ".join(
+            f"{NAMES[run]}: loss from {_ends(rows['loss'], '.2g')} over {len(rows)} steps."
+            for run, rows in _by(losses, "run")
+        )
+        + " "
+        + " ".join(
+            f"{NAMES[run]}: Lee from {_ends(rows['lee'], '.1f')}."
+            for run, rows in _by(evaluations, "run")
+        )
+    )
     return figure
 
 
 @plt.rc_context(STYLE)
-def pull_curves(table: pd.DataFrame, temperature: float, m: float) -> Figure:
+def pull_curves(table: pd.DataFrame, temperature: float, m: float) -> Picture:
     """What one similarity does to its logit, and the slope by which the loss pulls on it.
 
     Args:
@@ -257,11 +357,21 @@ def pull_curves(table: pd.DataFrame, temperature: float, m: float) -> Figure:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES)
     )
+    figure.alt = (
+        f"Logit and slope over the similarity at temperature {temperature:g} and m {m:g}. Slopes "
+        "from similarity 0 to 1: "
+        + "; ".join(
+            f"{NAMES[objective]} of a negative {_at_0_and_1(rows, 'slope')}, of a positive "
+            f"{_at_0_and_1(rows, 'positive_slope')}"
+            for objective, rows in _by(table, "objective")
+        )
+        + "."
+    )
     return figure
 
 
 @plt.rc_context(STYLE)
-def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Figure:
+def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Picture:
     """Logit and slope of a negative while one parameter moves.
 
     Args:
@@ -279,11 +389,17 @@ def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Figu
             axis.set(xlabel="similarity s of a negative", ylabel=what)
             axis.axhline(0, color="black", linewidth=0.8)
         pair[0].legend(title=name)
+    figure.alt = "Logit and slope of a negative over its similarity. " + " ".join(
+        f"Slope from similarity 0 to 1 for {name} "
+        + "; ".join(f"{value:g}: {_at_0_and_1(table, 'slope')}" for value, table in tables.items())
+        + "."
+        for name, tables in families.items()
+    )
     return figure
 
 
 @plt.rc_context(STYLE)
-def pull_by_decile(table: pd.DataFrame) -> Figure:
+def pull_by_decile(table: pd.DataFrame) -> Picture:
     """Share of the pull on negatives that falls on each decile of similarity.
 
     Args:
@@ -302,11 +418,28 @@ def pull_by_decile(table: pd.DataFrame) -> Figure:
         ylabel="share of the pull [%]",
     )
     axes.legend()
+    figure.alt = (
+        "Share of the pull on negatives by decile of similarity. The hardest tenth gets "
+        + ", ".join(
+            f"{100 * rows.set_index('decile')['share'][10]:.0f} % under {NAMES[objective]}"
+            for objective, rows in _by(table, "objective")
+        )
+        + "."
+    )
     return figure
 
 
+def describe_plane(table: pd.DataFrame) -> str:
+    """What `plane` shows, in words."""
+    return "Uniformity across, alignment up, lower is better for both. " + " ".join(
+        f"{NAMES[run]}: uniformity from {_ends(rows['uniformity'], '.2f')}, alignment from "
+        f"{_ends(rows['alignment'], '.2f')} over {rows['step'].iloc[-1]:.0f} steps."
+        for run, rows in _by(table, "run")
+    )
+
+
 @plt.rc_context(STYLE)
-def plane(table: pd.DataFrame) -> Figure:
+def plane(table: pd.DataFrame) -> Picture:
     """Alignment against uniformity: a path per run, from an open marker to a filled one.
 
     Grey lines join points of equal alignment + uniformity, the sum that Wang & Isola 2020 minimise.
@@ -334,11 +467,12 @@ def plane(table: pd.DataFrame) -> Figure:
     lines, names = axes.get_legend_handles_labels()
     lines.append(Line2D([], [], color="0.75", lw=1))
     axes.legend(lines, [*names, "equal alignment + uniformity"], frameon=True, edgecolor="none")
+    figure.alt = describe_plane(table)
     return figure
 
 
 @plt.rc_context(STYLE)
-def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Figure:
+def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Picture:
     """Matrices side by side on one colour scale.
 
     Args:
@@ -363,11 +497,17 @@ def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Figure
         )
         axis.set(title=title, xlabel="candidate j", ylabel="anchor i")
         axis.grid(visible=False)
+    figure.alt = f"{label[0].upper()}{label[1:]} of each anchor and candidate. " + " ".join(
+        f"{title[0].upper()}{title[1:]}: mean {matrix.diagonal().mean():.2g} on the diagonal, "
+        f"elsewhere {matrix[~np.eye(len(matrix), dtype=bool)].mean():.2g}, "
+        f"at most {matrix[~np.eye(len(matrix), dtype=bool)].max():.2g}."
+        for title, matrix in matrices.items()
+    )
     return figure
 
 
 @plt.rc_context(STYLE)
-def similarity_distribution(table: pd.DataFrame) -> Figure:
+def similarity_distribution(table: pd.DataFrame) -> Picture:
     """Density of cosine similarities, one curve per encoder, one panel per kind of pair.
 
     Args:
@@ -380,6 +520,15 @@ def similarity_distribution(table: pd.DataFrame) -> Figure:
             sns.kdeplot(rows["similarity"], ax=axis, clip=(-1, 1), **_line(encoder))
         axis.set(title=kind, xlabel="cosine similarity", ylabel="density", xlim=(-0.5, 1))
     axes[0].legend()
+    figure.alt = "Density of cosine similarities; medians. " + " ".join(
+        f"{kind[0].upper()}{kind[1:]}: "
+        + ", ".join(
+            f"{NAMES[encoder]} {part['similarity'].median():.2f}"
+            for encoder, part in _by(rows, "encoder")
+        )
+        + "."
+        for kind, rows in _by(table, "kind")
+    )
     return figure
 
 
@@ -393,8 +542,28 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
     return {OTHERS: "#C8C8C8"} | dict(zip(groups, colours[:8], strict=False))
 
 
+def describe_maps(table: pd.DataFrame, groups: Sequence[str]) -> str:
+    """What `maps` shows, in words: how closely each group keeps together on each map."""
+    said = []
+    for title, rows in _by(table, "encoder"):
+        near = [
+            f"{group} {_spread(part) / _spread(rows):.2f}"
+            for group, part in _by(rows[rows["group"].isin(groups)], "group")
+        ]
+        said.append(f"{title}: {', '.join(near)}.")
+    return (
+        f"Maps of the same {len(table) // table['encoder'].nunique()} sentences, a point each. "
+        "How widely each coloured group is spread, as a part of the spread of all: "
+        + " ".join(said)
+    )
+
+
+def _spread(points: pd.DataFrame) -> float:
+    return float(np.sqrt(points[["x", "y"]].var(ddof=0).sum()))
+
+
 @plt.rc_context(STYLE)
-def maps(table: pd.DataFrame, groups: Sequence[str]) -> Figure:
+def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
     """Two-dimensional maps of the same sentences, one panel per encoder, coloured by group.
 
     Args:
@@ -422,4 +591,5 @@ def maps(table: pd.DataFrame, groups: Sequence[str]) -> Figure:
         ncols=min(4, len(groups)),
         markerscale=2.5,
     )
+    figure.alt = describe_maps(table, groups)
     return figure

@@ -1,5 +1,6 @@
 """What a reader sees: notebooks in JupyterLab and the panel in Voilà, driven in a real browser."""
 
+import json
 import os
 import re
 import shutil
@@ -67,9 +68,9 @@ def serve(command, port, folder):
     raise AssertionError((folder / "server.log").read_text())
 
 
-@pytest.fixture
-def lab(tmp_path_factory):
-    """JupyterLab on a copy of the notebooks without outputs; no kernel outlives the test.
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """JupyterLab on a copy of the notebooks without outputs.
 
     Every cell is in the page, not only those in view.
     """
@@ -84,11 +85,21 @@ def lab(tmp_path_factory):
     settings.parent.mkdir(parents=True)
     settings.write_text('{"windowingMode": "none"}')
     port = free_port()
-    options = ["--no-browser", "--allow-root", "--IdentityProvider.token=", f"--port={port}"]
-    server = serve(["jupyterlab", *options, f"--ServerApp.root_dir={folder}"], port, folder)
-    yield f"http://127.0.0.1:{port}/lab/tree"
+    options = ["--no-browser", "--allow-root", f"--port={port}", f"--ServerApp.root_dir={folder}"]
+    options += ["--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
+    server = serve(["jupyterlab", *options], port, folder)
+    yield f"http://127.0.0.1:{port}"
     server.terminate()
     server.wait()
+
+
+@pytest.fixture
+def lab(server):
+    """Where JupyterLab opens notebooks; no kernel outlives the test."""
+    yield f"{server}/lab/tree"
+    for session in json.load(urllib.request.urlopen(f"{server}/api/sessions")):
+        end = urllib.request.Request(f"{server}/api/sessions/{session['id']}", method="DELETE")
+        urllib.request.urlopen(end)
 
 
 @pytest.fixture
@@ -105,7 +116,7 @@ def app(tmp_path_factory):
 
 
 def run_all(page, lab, name):
-    """Open a notebook, run all its cells, wait for the last, and see no error."""
+    """Open a notebook, run all its cells, wait for the last; no error, no picture without words."""
     page.goto(f"{lab}/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
@@ -121,6 +132,9 @@ def run_all(page, lab, name):
         raise AssertionError(f"not all cells ran: {prompts.all_inner_texts()}")
     errors = page.locator('.jp-OutputArea-output[data-mime-type*="error"]')
     assert errors.count() == 0, errors.first.inner_text()
+    pictures = page.locator(".jp-OutputArea-output img")
+    assert pictures.count() > 0
+    assert all(picture.get_attribute("alt") for picture in pictures.all())
 
 
 def when_changed(page, read, before):
@@ -140,7 +154,7 @@ def drive_ablation_panel(page):
         return picture.get_attribute("src")
 
     first = source()
-    slider = page.locator(".widget-slider", has_text="temperature τ").get_by_role("slider")
+    slider = page.get_by_role("slider", name="temperature τ")
     slider.focus()
     slider.press("ArrowRight")
     moved = when_changed(page, source, first)
@@ -159,12 +173,34 @@ def train_and_stop(page, seed):
     page.get_by_text(re.compile("Stopped after")).wait_for()
 
 
+def drop_a_corpus(page, folder):
+    """Choose a file with bytes that are no text, and one that is: both are answered."""
+    button = page.get_by_role("button", name="upload a text file")
+    for content, answer in (
+        (b"a line\nbad \xff\xfe\n", re.compile(r"is not UTF-8 \(line 2\)")),
+        (b"a line\nanother line\n", "mine.txt is the corpus now."),
+    ):
+        (folder / "mine.txt").write_bytes(content)
+        with page.expect_file_chooser() as chooser:
+            button.click()
+        chooser.value.set_files(folder / "mine.txt")
+        page.get_by_text(answer).wait_for()
+    corpus = page.get_by_label("corpus", exact=True)
+    corpus.fill("wiki-mini")
+    corpus.press("Tab")
+
+
 def test_picker_says_what_it_cannot_load(page, lab, tmp_path):
     run_all(page, lab, "01_train.ipynb")
     name = page.get_by_label("encoder", exact=True)
     name.fill("no/such-model")
     name.press("Enter")
     page.get_by_text(re.compile("'no/such-model' could not be loaded")).wait_for()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/run.json").write_bytes(b"\xff no record")
+    name.fill(str(tmp_path / "broken"))
+    name.press("Enter")
+    page.get_by_text(re.compile("run.json.*stays picked")).wait_for()
     page.screenshot(path=tmp_path / "picker.png")
     name.fill("minilm")
     name.press("Enter")
@@ -175,6 +211,7 @@ def test_ablation_panel_and_train_this(page, lab, tmp_path):
     run_all(page, lab, "02_ablate_modulation.ipynb")
     drive_ablation_panel(page)
     page.screenshot(path=tmp_path / "panel.png")
+    drop_a_corpus(page, tmp_path)
     train_and_stop(page, "8101")
     page.screenshot(path=tmp_path / "stopped.png")
 
@@ -195,7 +232,7 @@ def test_negatives_follow_anchor_and_step(page, lab, tmp_path):
     first = table.inner_text()
     anchor.select_option(index=9)
     chosen = when_changed(page, table.inner_text, first)
-    slider = page.locator(".widget-slider", has_text="training step").get_by_role("slider")
+    slider = page.get_by_role("slider", name="training step")
     slider.focus()
     slider.press("ArrowRight" if slider.get_attribute("aria-valuenow") == "0.0" else "ArrowLeft")
     when_changed(page, table.inner_text, chosen)
@@ -208,7 +245,7 @@ def test_plane_follows_its_weight(page, lab, tmp_path):
     explorer.scroll_into_view_if_needed()
     page.wait_for_timeout(2000)
     before = explorer.locator("canvas").last.screenshot()
-    slider = explorer.get_by_role("slider").first
+    slider = explorer.get_by_role("slider", name="weight of uniformity w")
     slider.focus()
     slider.press("ArrowLeft")
     slider.press("ArrowLeft")
@@ -232,3 +269,8 @@ def test_maps_select_together(page, lab, tmp_path):
 def test_seeds_and_intervals(page, lab, tmp_path):
     run_all(page, lab, "06_is_it_real.ipynb")
     assert page.get_by_text("seeds of each loss: 3 3").is_visible()
+    folder = page.get_by_label("folder", exact=True)
+    folder.fill(str(tmp_path / "nowhere"))
+    folder.press("Enter")
+    page.get_by_text(re.compile("no folder of runs at .*stays picked")).wait_for()
+    page.screenshot(path=tmp_path / "seeds.png")

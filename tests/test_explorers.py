@@ -157,6 +157,18 @@ def test_a_group_and_a_word_select(maps):
     assert len(maps.selection) == 0
 
 
+def test_what_the_maps_show_stands_below_them_in_words(maps):
+    texts = [child.value for child in maps.widget.children if hasattr(child, "value")]
+    (said,) = [text for text in texts if text.startswith("Maps of the same 300 sentences")]
+    for title, scatter in maps.scatters.items():
+        xy = scatter.widget.data[["x", "y"]]
+        spread = np.linalg.norm(xy - xy.mean(), axis=1)
+        group = xy[scatter.widget.data["article"] == "a"]
+        within = np.linalg.norm(group - group.mean(), axis=1)
+        ratio = np.sqrt((within**2).mean() / (spread**2).mean())
+        assert f"{title}: a {ratio:.2f}, b " in said
+
+
 def test_points_carry_their_colour_and_lie_where_the_map_says(maps):
     for scatter in maps.scatters.values():
         points, data = scatter.widget.points, scatter.widget.data
@@ -189,6 +201,8 @@ def test_the_plane_shows_every_scoring_and_its_lines_move(runs):
         np.testing.assert_array_equal(rows["score"], scored["lee"])
         np.testing.assert_array_equal(rows["uniformity"], scored["lee_uniformity"])
     plane = TrajectoryPlane(path)
+    said = plane.widget.children[3].value
+    assert f"uniformity from {path['uniformity'].iloc[0]:.2f} to" in said
     shown = plane.scatter.widget
     assert len(shown.points) == len(path)
     colours = [to_rgba(plots.COLOURS[key]) for key in runs]

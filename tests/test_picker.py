@@ -9,7 +9,7 @@ from fcse.errors import InputError
 from fcse.recipes import recipe
 from fcse.runs import weights_hash
 from fcse.training import train
-from fcse.widgets import RunPicker
+from fcse.widgets import RunPicker, SeedsPicker
 
 
 @pytest.fixture
@@ -66,3 +66,46 @@ def test_what_cannot_be_loaded_is_said_and_nothing_is_lost(trained, tmp_path):
     assert torch.isfinite(torch.tensor(picker.runs["info_nce"].losses)).all()
     with pytest.raises(InputError):
         RunPicker("no/such-model").runs  # noqa: B018
+
+
+@pytest.fixture
+def seeds(trained):
+    """The folder of runs of both losses with seeds 0 and 1, and a trial at another temperature."""
+    for seed in (0, 1):
+        for objective in ("info_nce", "focal_info_nce"):
+            train(replace(trained.config, seed=seed, objective=objective))
+    train(replace(trained.config, temperature=0.2))
+    return trained.folder.parent
+
+
+def test_seeds_of_both_losses_are_read_from_a_folder(seeds):
+    runs = SeedsPicker(seeds, seeds=[0, 1, 2]).runs
+    assert sorted(zip(runs["objective"], runs["seed"], strict=True)) == [
+        ("focal_info_nce", 0),
+        ("focal_info_nce", 1),
+        ("info_nce", 0),
+        ("info_nce", 1),
+    ]
+    picker = SeedsPicker(seeds=[0, 1])
+    assert picker.source == "minilm-short"
+    assert "seeds 0, 1" in next(iter(picker.choice.options))
+    picker.name.value = str(seeds)
+    assert "is picked" in picker.message
+    assert len(picker.runs) == 4
+
+
+def test_a_folder_without_seeds_of_both_losses_is_refused(seeds, tmp_path):
+    picker = SeedsPicker(seeds, seeds=[0, 1])
+    before = picker.runs
+    for folder, said in (
+        (tmp_path / "nowhere", "no folder of runs"),
+        (next(seeds.glob("focal*seed1*")), "no two of the seeds"),
+    ):
+        picker.name.value = str(folder)
+        assert said in picker.message
+        assert picker.runs is before
+    next(seeds.glob("focal*seed1*/run.json")).write_bytes(b"\xff broken")
+    picker.name.value = str(seeds)
+    assert "run.json is no record of a run" in picker.message
+    with pytest.raises(InputError):
+        SeedsPicker(seeds, recipe="minilm-wiki", seeds=[0, 1]).runs  # noqa: B018

@@ -1,12 +1,14 @@
 """Figures: labelled axes, and files that hold the numbers drawn."""
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from fcse import analysis, plots
 from fcse.published import SIMCSE_50_SEEDS
@@ -129,3 +131,30 @@ def test_sentences_of_no_group_are_drawn_grey():
     (axes,) = plots.maps(table, ["a", "b", "c"]).axes
     assert plots.OTHERS not in [c.get_label() for c in axes.collections]
     assert len(set(plots.group_colours("abcdefgh").values())) == 9
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_picture_says_what_it_shows(name):
+    alt = FIGURES[name]().alt
+    assert len(alt.split(". ")) >= 2
+    assert any(character.isdigit() for character in alt)
+    assert "nan" not in alt
+
+
+def test_the_text_alternative_holds_the_numbers_drawn():
+    assert plots.scores(SCORES).alt.endswith(
+        "A: untrained 1.0, InfoNCE 2.0. B: untrained 3.0, InfoNCE 4.0."
+    )
+    assert "A, Focal-InfoNCE: 2.0 to 4.0 over 2 seeds, mean 3.0." in FIGURES["over_seeds"]().alt
+    assert "InfoNCE: loss from 3 to 1 over 3 steps." in FIGURES["training"]().alt
+    assert "InfoNCE: uniformity from -1.00 to -2.50" in FIGURES["plane"]().alt
+    assert "InfoNCE of a negative 20 to 20, of a positive 20 to 20" in FIGURES["pull_curves"]().alt
+    assert "0.9 on the diagonal" in FIGURES["similarity_heatmap"]().alt
+
+
+def test_files_carry_the_text_alternative(tmp_path):
+    figure = FIGURES["plane"]()
+    plots.save(figure, STEPS, tmp_path / "plane")
+    assert Image.open(tmp_path / "plane.png").info["Description"] == figure.alt
+    title = ElementTree.parse(tmp_path / "plane.svg").find("{http://www.w3.org/2000/svg}title")
+    assert title.text == figure.alt

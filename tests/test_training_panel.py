@@ -151,11 +151,19 @@ def test_an_uploaded_file_is_the_corpus(panel, sentences, tmp_path):
     assert path.read_bytes() == content
     assert path.name.startswith("mine-")
     assert panel.corpus.value == panel.config.corpus == str(path)
-    upload(panel, "mine.txt", b"a line\nbad \xff\xfe\n")
-    assert len(list(kept.iterdir())) == 2
-    panel.start()
-    panel.wait()
-    assert panel.message.startswith(f"{panel.corpus.value} is not UTF-8 (line 2)")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"a line\nbad \xff\xfe\n", "is not UTF-8 (line 2)"), (b" \n", "has no sentences")],
+)
+def test_a_file_that_is_no_corpus_is_refused_when_it_is_dropped(panel, content, said, tmp_path):
+    before = panel.corpus.value
+    upload(panel, "mine.txt", content)
+    assert panel.message.startswith("mine.txt cannot be the corpus: ")
+    assert said in panel.message
+    assert panel.corpus.value == before
+    assert not list((tmp_path / "runs" / "corpora").iterdir())
 
 
 def test_stopping_and_closing_are_harmless_at_any_time(config):

@@ -3,7 +3,7 @@
 from fcse.widgets.ablation import AblationPanel
 from fcse.widgets.maps import MapExplorer
 from fcse.widgets.negatives import NegativeExplorer
-from fcse.widgets.picker import RunPicker
+from fcse.widgets.picker import RunPicker, SeedsPicker
 from fcse.widgets.plane import TrajectoryPlane
 from fcse.widgets.training import TrainingPanel
 
@@ -12,6 +12,7 @@ __all__ = [
     "MapExplorer",
     "NegativeExplorer",
     "RunPicker",
+    "SeedsPicker",
     "TrainingPanel",
     "TrajectoryPlane",
 ]

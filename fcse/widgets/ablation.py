@@ -20,7 +20,7 @@ from fcse.losses import Modulate
 from fcse.losses import loss as batch_loss
 from fcse.recipes import recipe
 from fcse.training import TrainConfig
-from fcse.widgets.pictures import encode, image, panel
+from fcse.widgets.pictures import encode, panel
 
 PRESETS: dict[str, dict[str, Any]] = {
     "info_nce": {"positives": False, "negatives": False, "alpha": 0.0},
@@ -62,7 +62,7 @@ class AblationPanel:
         temperature, m, alpha, positives, negatives, stop_gradient, anchor: the controls; setting
             `.value` redraws.
         presets: objective -> its button, see `PRESETS`.
-        png: the present picture, for readers without a running kernel.
+        png, alt: the present picture, for readers without a running kernel, and what it shows.
         table: the present candidates, see `analysis.candidates`.
         seconds: how long the last redraw took.
     """
@@ -239,12 +239,12 @@ class AblationPanel:
         self.table = analysis.candidates(self.sim, self.sentences, self.anchor.value, **loss)
         self._candidates.value = _candidates_html(self.table, self.anchor.value)
         self.png = encode(self._canvas)
-        self._picture.value = image(
-            self.png,
+        self.alt = (
             f"Logit, slope and share of the pull by decile: {name} at temperature "
             f"{loss['temperature']:g} beside InfoNCE. The hardest tenth of the negatives gets "
-            f"{100 * shares[1][-1]:.0f} % of the pull, under InfoNCE {100 * shares[0][-1]:.0f} %.",
+            f"{100 * shares[1][-1]:.0f} % of the pull, under InfoNCE {100 * shares[0][-1]:.0f} %."
         )
+        self._picture.value = plots.image(self.png, self.alt)
         self.seconds = time.perf_counter() - started
 
     def _draw(

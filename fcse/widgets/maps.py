@@ -18,7 +18,8 @@ class MapExplorer:
     """Scatter plots with a sentence on hover, linked by selection, and a list of what is selected.
 
     A lasso (the toolbar's second button, or a long press) selects points; so do the two controls
-    above the maps, which a keyboard reaches: a group, or a word that the sentence holds.
+    above the maps, which a keyboard reaches: a group, or a word that the sentence holds. Below the
+    maps stands in words what they show.
 
     Attributes:
         widget: what a notebook displays.
@@ -94,11 +95,16 @@ class MapExplorer:
                 for name, colour in colours.items()
             )
         )
+        shown = pd.concat(
+            self._table.assign(encoder=title, x=xy[:, 0], y=xy[:, 1]) for title, xy in maps.items()
+        )
+        said = widgets.HTML(html.escape(plots.describe_maps(shown, groups)))
         self.widget = widgets.VBox(
             [
                 widgets.HBox([self.group, self.word], layout={"flex_flow": "row wrap"}),
                 legend,
                 plane,
+                said,
                 self._list,
             ]
         )
@@ -137,8 +143,9 @@ class MapExplorer:
             for row in selected.head(ROWS).itertuples()
         )
         shown = f", the first {ROWS}" if len(selected) > ROWS else ""
+        count = f"{len(selected)} of {len(self._table)} sentences selected"
         self._list.value = (
             "<div style='max-height:22em; overflow:auto; line-height:1.4' tabindex='0'>"
-            f"<table><caption style='text-align:left'><b>{len(selected)} of {len(self._table)} "
-            f"sentences selected</b>{shown}</caption><tbody>{rows}</tbody></table></div>"
+            f"<table><caption style='text-align:left'><b role='status'>{count}</b>{shown}</caption>"
+            f"<tbody>{rows}</tbody></table></div>"
         )

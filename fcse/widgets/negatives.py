@@ -11,6 +11,7 @@ from torch import Tensor
 from fcse import analysis, plots
 from fcse.losses import Objective
 from fcse.training import TrainResult
+from fcse.widgets.pictures import SliderNames
 
 ROWS = 12
 """Negatives, and pairs, that a table shows."""
@@ -69,7 +70,7 @@ class NegativeExplorer:
             control.observe(lambda _: self.redraw(), names="value")
         self.redraw()
         top = widgets.HBox([self.run, self.step], layout={"flex_flow": "row wrap"})
-        self.widget = widgets.VBox([top, self.anchor, self._tables])
+        self.widget = widgets.VBox([top, self.anchor, self._tables, SliderNames()])
 
     def similarities(self, run: str, step: int) -> Tensor:
         """The batch's similarity matrix after a step of a run: (N, N) float32, computed once."""

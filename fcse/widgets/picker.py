@@ -1,55 +1,63 @@
-"""Which encoder a notebook looks at: fresh short runs, a run that is there, or any by its name."""
+"""What a notebook looks at: runs or encoders, chosen in a widget or set in its parameter cell."""
 
 import html
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import ipywidgets as widgets
+import pandas as pd
 
+from fcse import report
 from fcse.errors import InputError
-from fcse.study import SHORT, pick_runs
+from fcse.recipes import recipe
+from fcse.study import OBJECTIVES, SHORT, pick_runs, train_objectives
 from fcse.training import TrainResult
 
-_NAMED = "an encoder by its name:"
+Runs = TypeVar("Runs")
 
 
-class RunPicker:
-    """A choice among fresh short runs, the run folders that are there, and any encoder.
+class _Picker(ABC, Generic[Runs]):
+    """A choice from a list, a field for what is not in it, and a line that says what happened.
 
-    What cannot be loaded is said in the widget, and what was picked before stays picked.
-
-    Attributes:
-        widget: what a notebook displays.
-        choice, name: the controls; `name` takes a hub name or a folder, and acts on Enter.
-        source: what is picked, as `study.pick_runs` takes it.
-        message: what the widget says.
+    Fresh runs are trained once `runs` is read; everything else is loaded when it is picked. What
+    cannot be loaded is said in the widget, and what was picked before stays picked.
     """
 
-    def __init__(self, source: str | Path = SHORT) -> None:
+    def __init__(
+        self, source: str, options: Mapping[str, str], named: str, field: str, placeholder: str
+    ) -> None:
         """Build the picker.
 
         Args:
             source: what is picked at first.
+            options: label -> source; the first one stands for fresh runs.
+            named: label of what the field holds.
+            field, placeholder: label of the field, and what it says while it is empty.
         """
-        self.source = str(source)
-        self._runs: dict[str, TrainResult] | None = None
-        folder = Path(os.environ.get("FCSE_RUNS", "runs"))
-        found = {path.parent.name: str(path.parent) for path in sorted(folder.glob("*/run.json"))}
-        options = {"fresh short runs of both losses": SHORT} | found | {_NAMED: ""}
+        self.source = source
+        self._fresh = next(iter(options.values()))
+        self._runs: Runs | None = None
         label = {"style": {"description_width": "7em"}, "layout": {"width": "36em"}}
-        known = self.source in options.values()
+        known = source in options.values()
         self.choice = widgets.Dropdown(
-            options=options, value=self.source if known else "", description="look at", **label
+            options={**options, named: ""},
+            value=source if known else "",
+            description="look at",
+            **label,
         )
         self.name = widgets.Text(
-            value="" if known else self.source,
-            placeholder="minilm, a folder, or a hub name; then Enter",
-            description="encoder",
+            value="" if known else source,
+            placeholder=placeholder,
+            description=field,
             continuous_update=False,
             **label,
         )
         self._said = widgets.HTML()
-        self._say(f"{self.source} is picked.")
+        self._say(f"{source} is picked.")
         self.choice.observe(lambda _: self.choice.value and self.pick(self.choice.value), "value")
         self.name.observe(lambda _: self._by_name(), "value")
         self.widget = widgets.VBox([self.choice, self.name, self._said])
@@ -60,22 +68,29 @@ class RunPicker:
         return html.unescape(self._said.value)
 
     @property
-    def runs(self) -> dict[str, TrainResult]:
-        """What is picked, trained or loaded: see `study.pick_runs`, also for its errors."""
+    def runs(self) -> Runs:
+        """What is picked, trained or loaded.
+
+        Raises:
+            InputError: it cannot be.
+        """
         if self._runs is None:
-            self._runs = pick_runs(self.source)
+            self._runs = self._load(self.source)
         return self._runs
 
     def pick(self, source: str) -> None:
-        """Load a run folder or an encoder; fresh runs are trained once `runs` is read."""
+        """Load a source, or keep in mind that fresh runs are wanted."""
         self._say(f"loading {source} …")
         try:
-            runs = None if source == SHORT else pick_runs(source)
+            runs = None if source == self._fresh else self._load(source)
         except InputError as error:
             self._say(f"{error}. {self.source} stays picked.")
             return
         self.source, self._runs = source, runs
         self._say(f"{source} is picked: run the cells below again.")
+
+    @abstractmethod
+    def _load(self, source: str) -> Runs: ...
 
     def _by_name(self) -> None:
         if self.name.value.strip():
@@ -84,3 +99,84 @@ class RunPicker:
 
     def _say(self, text: str) -> None:
         self._said.value = html.escape(text)
+
+
+class RunPicker(_Picker[dict[str, TrainResult]]):
+    """A choice among fresh short runs, the run folders that are there, and any encoder.
+
+    Attributes:
+        widget: what a notebook displays.
+        choice, name: the controls; `name` takes a hub name or a folder, and acts on Enter.
+        source: what is picked, as `study.pick_runs` takes it; `runs` is what that gives.
+        message: what the widget says.
+    """
+
+    def __init__(self, source: str | Path = SHORT) -> None:
+        """Build the picker.
+
+        Args:
+            source: what is picked at first.
+        """
+        home = Path(os.environ.get("FCSE_RUNS", "runs"))
+        found = {path.parent.name: str(path.parent) for path in sorted(home.glob("*/run.json"))}
+        super().__init__(
+            str(source),
+            {"fresh short runs of both losses": SHORT} | found,
+            "an encoder by its name:",
+            "encoder",
+            "minilm, a folder, or a hub name; then Enter",
+        )
+
+    def _load(self, source: str) -> dict[str, TrainResult]:
+        return pick_runs(source)
+
+
+class SeedsPicker(_Picker[pd.DataFrame]):
+    """A choice between fresh runs of both losses for a few seeds, and a folder that holds such.
+
+    Attributes:
+        widget: what a notebook displays.
+        choice, name: the controls; `name` takes a folder, and acts on Enter.
+        source: what is picked: a recipe's name for fresh runs, or a folder.
+        runs: the runs of both losses with these seeds, as of `report.load_runs`; of several
+            settings those with the most seeds.
+        message: what the widget says.
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, recipe: str = SHORT, seeds: Sequence[int] = (0,)
+    ) -> None:
+        """Build the picker.
+
+        Args:
+            folder: what is picked at first; None: fresh runs.
+            recipe: runs that started from this one count, and fresh ones do.
+            seeds: of each loss.
+        """
+        self._recipe, self._seeds = recipe, list(seeds)
+        seeds_named = ", ".join(map(str, self._seeds))
+        super().__init__(
+            recipe if folder is None else str(folder),
+            {f"fresh runs of {recipe}, seeds {seeds_named}": recipe},
+            "a folder of runs:",
+            "folder",
+            "where runs lie side by side; then Enter",
+        )
+
+    def _load(self, source: str) -> pd.DataFrame:
+        folder = Path(source)
+        if source == self._fresh:
+            for seed in self._seeds:
+                trained = train_objectives(replace(recipe(self._recipe), seed=seed))
+            folder = trained["info_nce"].folder.parent
+        runs = report.load_runs(folder, self._recipe)
+        runs = runs[runs["objective"].isin(OBJECTIVES) & runs["seed"].isin(self._seeds)]
+        paired = runs.groupby(["settings", "seed"])["objective"].nunique() == len(OBJECTIVES)
+        seeds = paired.groupby("settings").sum()
+        if seeds.max() < 2 or seeds.empty:
+            raise InputError(
+                f"{folder} holds no two of the seeds {', '.join(map(str, self._seeds))} that both "
+                f"losses were trained with from {self._recipe}"
+            )
+        # A folder may hold trials with other settings beside them.
+        return runs[runs["settings"] == seeds.idxmax()]

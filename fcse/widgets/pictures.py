@@ -1,10 +1,9 @@
-"""What panels share: a size read from afar, and pictures with a text alternative."""
+"""What panels share: a size read from afar, sliders with names, and pictures drawn fast."""
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 
+import anywidget
 import ipywidgets as widgets
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,6 +19,34 @@ _STYLE = """<style>
 </style>"""
 
 
+class SliderNames(anywidget.AnyWidget):
+    """Names the sliders of the page after their labels, for screen readers; shows nothing.
+
+    ipywidgets puts the label beside a slider but ties the two together in no way.
+    """
+
+    _esm = """
+    function nameAll() {
+      for (const slider of document.querySelectorAll(".widget-slider")) {
+        const name = slider.querySelector(".widget-label").textContent;
+        for (const handle of slider.querySelectorAll("[role=slider]")) {
+          handle.setAttribute("aria-label", name);
+        }
+      }
+    }
+    function render() {
+      const observer = new MutationObserver(nameAll);
+      observer.observe(document.body, { childList: true, subtree: true });
+      nameAll();
+      return () => observer.disconnect();
+    }
+    export default { render };
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layout={"display": "none"})
+
+
 def panel(rows: Sequence[widgets.Widget | Sequence[widgets.Widget]]) -> widgets.VBox:
     """Widgets one below the other, a sequence of them side by side; large enough to project."""
     boxes = [
@@ -28,7 +55,7 @@ def panel(rows: Sequence[widgets.Widget | Sequence[widgets.Widget]]) -> widgets.
         else widgets.HBox(list(row), layout={"flex_flow": "row wrap"})
         for row in rows
     ]
-    box = widgets.VBox([widgets.HTML(_STYLE, layout={"display": "none"}), *boxes])
+    box = widgets.VBox([widgets.HTML(_STYLE, layout={"display": "none"}), SliderNames(), *boxes])
     box.add_class("fcse-panel")
     return box
 
@@ -41,15 +68,3 @@ def encode(canvas: FigureCanvasAgg) -> bytes:
     picture = picture.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     picture.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
-
-
-def image(png: bytes, alt: str) -> str:
-    """An HTML image that holds its own bytes and says in words what it shows.
-
-    The Image of ipywidgets takes no text alternative.
-    """
-    data = base64.b64encode(png).decode()
-    return (
-        f'<img style="max-width: 100%; height: auto" alt="{html.escape(alt)}" '
-        f'src="data:image/png;base64,{data}">'
-    )

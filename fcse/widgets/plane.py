@@ -1,4 +1,6 @@
-"""The plane of alignment and uniformity: a path per run, with its numbers on hover."""
+"""The plane of alignment and uniformity: a path per run, with its numbers on hover and in words."""
+
+import html
 
 import ipywidgets as widgets
 import jscatter
@@ -6,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fcse import plots
+from fcse.widgets.pictures import SliderNames
 
 
 class TrajectoryPlane:
@@ -73,7 +76,10 @@ class TrajectoryPlane:
         self._facts = widgets.HTML()
         self.weight.observe(lambda _: self.redraw(), names="value")
         self.redraw()
-        self.widget = widgets.VBox([self.weight, self._facts, self.scatter.widget])
+        said = widgets.HTML(html.escape(plots.describe_plane(self._path)))
+        self.widget = widgets.VBox(
+            [self.weight, self._facts, self.scatter.widget, said, SliderNames()]
+        )
 
     def redraw(self) -> None:
         """Bring lines and text in line with the weight."""

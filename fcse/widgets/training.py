@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fcse import plots
+from fcse.data import load_corpus
 from fcse.errors import InputError
 from fcse.losses import effective_modulation
 from fcse.runs import RunFolder
 from fcse.training import TrainConfig
-from fcse.widgets.pictures import encode, image, panel
+from fcse.widgets.pictures import encode, panel
 
 _POLL = 0.5
 """Seconds between two looks at a run's folder."""
@@ -58,7 +59,7 @@ class TrainingPanel:
         message: what the panel says at present, or what the process complained of.
         live: the run that is training or was broken off, as far as it is; else None.
         finished: the runs of the table, in the order they joined.
-        png: the present picture.
+        png, alt: the present picture, and what it shows in words.
     """
 
     def __init__(self, config: Callable[[], TrainConfig]) -> None:
@@ -237,8 +238,8 @@ class TrainingPanel:
         self._draw()
 
     def _draw(self) -> None:
-        self.png, alt = draw_curves(self.finished, self.live)
-        self._picture.value = image(self.png, alt)
+        self.png, self.alt = draw_curves(self.finished, self.live)
+        self._picture.value = plots.image(self.png, self.alt)
 
     def _mark_running(self, running: bool) -> None:
         self.train_button.disabled = running
@@ -251,7 +252,7 @@ class TrainingPanel:
         self._message.value = f'<div role="{role}" style="{style}">{html.escape(message)}</div>'
 
     def _receive(self, files: tuple[Any, ...]) -> None:
-        """Keep an uploaded file beside the runs, as long as its text is the same under one name."""
+        """Keep an uploaded file beside the runs, one file a text, where it can be a corpus."""
         for file in files:
             content = bytes(file["content"])
             name = Path(file["name"])
@@ -260,8 +261,13 @@ class TrainingPanel:
                 path = self.config.folder.parent / "corpora" / f"{name.stem}-{digest}.txt"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
+                try:
+                    load_corpus(path)
+                except InputError:
+                    path.unlink()
+                    raise
             except (InputError, OSError) as error:
-                self._say(f"{name.name} could not be kept: {error}", wrong=True)
+                self._say(f"{name.name} cannot be the corpus: {error}", wrong=True)
             else:
                 self.corpus.value = str(path)
                 self._say(f"{name.name} is the corpus now.")

@@ -1,0 +1,96 @@
+"""The notebooks as files: their pictures have words, their parameters act, wrong outputs show."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from fcse.recipes import recipe
+from fcse.training import train
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def notebook(start):
+    (path,) = [path for path in NOTEBOOKS if path.name.startswith(start)]
+    return path
+
+
+def text(path):
+    """What the code cells of a notebook printed and returned, as text."""
+    outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
+    return "".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_stored_picture_has_a_text_alternative(path):
+    cells = nbformat.read(path, 4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert pictures or path.stem.startswith("app")
+    for picture in pictures:
+        alt = picture.metadata["image/png"]["alt"]
+        assert len(alt) > 60
+        assert '<img style="max-width: 100%; height: auto" alt="' in picture.data["text/html"]
+
+
+@pytest.fixture
+def tiny_runs(tiny_model, small_corpus, tmp_path, monkeypatch):
+    """A folder with seeds 0 and 1 of both losses, trained for two steps."""
+    monkeypatch.setenv("FCSE_RUNS", str(tmp_path / "runs"))
+    tiny = {"encoder": str(tiny_model("bert")), "corpus": str(small_corpus), "batch_size": 8}
+    for seed in (0, 1):
+        for objective in ("info_nce", "focal_info_nce"):
+            run = train(
+                replace(
+                    recipe("minilm-short"),
+                    **tiny,
+                    steps=2,
+                    eval_steps=1,
+                    seed=seed,
+                    objective=objective,
+                )
+            )
+    return run.folder.parent
+
+
+def test_a_command_line_runner_sets_the_parameters(tiny_runs, tmp_path):
+    seeds, source = tmp_path / "06.ipynb", next(tiny_runs.glob("info_nce-seed1*"))
+    papermill.execute_notebook(
+        notebook("06"), seeds, {"RUNS": str(tiny_runs), "SEEDS": [0, 1]}, progress_bar=False
+    )
+    assert "seeds of each loss: 2 2" in text(seeds)
+    plane = tmp_path / "04.ipynb"
+    papermill.execute_notebook(notebook("04"), plane, {"SOURCE": str(source)}, progress_bar=False)
+    (alt,) = [
+        output.metadata["image/png"]["alt"]
+        for cell in nbformat.read(plane, 4).cells
+        for output in cell.get("outputs", [])
+        if "Uniformity across" in output.get("metadata", {}).get("image/png", {}).get("alt", "")
+    ]
+    assert "InfoNCE: uniformity from" in alt
+    assert "over 2 steps" in alt
+    assert "Focal" not in alt
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_wrong_stored_output_makes_the_check_fail(wrong, tmp_path):
+    checked = nbformat.read(notebook("06"), 4)
+    checked.cells = checked.cells[:6]  # the published numbers: nothing is trained
+    printed = checked.cells[5].outputs[0]
+    if wrong:
+        printed.text = printed.text.replace("True", "False", 1)
+    nbformat.write(checked, tmp_path / "head.ipynb")
+    check = subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "head.ipynb"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert check.returncode == wrong, check.stdout
+    assert ("FAILED head.ipynb::Cell 3" in check.stdout) == wrong
+    assert ("3 passed" if wrong else "4 passed") in check.stdout
