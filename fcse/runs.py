@@ -80,6 +80,8 @@ class RunFolder:
             raise InputError(f"output {self.path} holds files that are no run: {way_out}") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise InputError(f"{self.path / _RECORD} is no valid JSON: {way_out}") from None
+        except OSError as error:
+            raise InputError(f"{self.path / _RECORD}: {error.strerror}; {way_out}") from None
         for part, ours in self.identity.items():
             theirs = record.get(part) if isinstance(record, dict) else None
             theirs = theirs if isinstance(theirs, dict) else {}

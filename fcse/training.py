@@ -237,7 +237,7 @@ def load_run(config: TrainConfig) -> TrainResult:
     """A finished run from its folder.
 
     Raises:
-        InputError: the run is not there, not finished, or another.
+        InputError: the run is not there, not finished, another, or damaged.
     """
     folder = RunFolder(config.folder, config.identity)
     record = folder.record()
@@ -256,24 +256,28 @@ def read_run(path: str | Path) -> TrainResult:
     record = folder.record() if is_folder(path) else None
     if record is None:
         raise InputError(f"{path} holds no finished run")
+    return _read(folder, None, record)
+
+
+def _read(folder: RunFolder, config: TrainConfig | None, record: dict[str, Any]) -> TrainResult:
     try:
-        config = TrainConfig(**record["config"], output=str(path))
-        return _read(folder, config, {"kept_step": config.steps} | record)
+        config = config or TrainConfig(**record["config"], output=str(folder.path))
+        steps, evaluations = folder.metrics()
+        if len(steps) != config.steps or not evaluations:
+            raise ValueError(f"{len(steps)} of {config.steps} steps are written down")
+        return TrainResult(
+            config=config,
+            folder=folder.path,
+            encoder=SentenceEncoder.from_pretrained(folder.model, config.pooling),
+            losses=steps,
+            evaluations=evaluations,
+            record={"kept_step": config.steps} | record,
+            checkpoints=folder.checkpoints(),
+        )
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"run {path} is damaged ({first_line(error)}): train it again") from None
-
-
-def _read(folder: RunFolder, config: TrainConfig, record: dict[str, Any]) -> TrainResult:
-    steps, evaluations = folder.metrics()
-    return TrainResult(
-        config=config,
-        folder=folder.path,
-        encoder=SentenceEncoder.from_pretrained(folder.model, config.pooling),
-        losses=steps,
-        evaluations=evaluations,
-        record=record,
-        checkpoints=folder.checkpoints(),
-    )
+        raise InputError(
+            f"run {folder.path} is damaged ({first_line(error)}): delete it and train it again"
+        ) from None
 
 
 @dataclass
