@@ -18,7 +18,8 @@ app: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/test_browser.py
+	$(BIN)/pytest tests/test_browser.py
 	$(BIN)/pytest --nbval notebooks
 
 .venv/ready: pyproject.toml constraints.txt

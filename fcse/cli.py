@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import torch
 import tyro
 
 from fcse import __version__, data, plots, processes
 from fcse.checkpoints import import_checkpoint
+from fcse.doctor import examine
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
@@ -30,7 +29,7 @@ from fcse.recipes import RECIPES, recipe
 from fcse.report import beside_published, load_runs, over_seeds, score_runs
 from fcse.statistics import check_bootstrap, compare_tasks
 from fcse.study import study
-from fcse.training import TrainConfig, resolve_precision, train
+from fcse.training import TrainConfig, train
 
 _DEFAULT_RECIPE = "minilm-wiki"
 
@@ -250,30 +249,17 @@ def run_study(seed: int = 0, figures: Path = Path("figures")) -> None:
 
 
 def run_doctor() -> None:
-    """Say what this machine has: device, precision, packaged assets, hub, STS data."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    healthy = True
-    print(
-        f"fcse        {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
-    print(f"device      {device.type} {name}, {os.cpu_count()} cores")
-    print(f"precision   auto means {resolve_precision('auto', device)} here")
-    for asset in (data.MINILM, data.WIKI_MINI, data.LEE_DOCUMENTS, data.LEE_JUDGEMENTS):
-        try:
-            asset.locate()
-            print(f"packaged    {asset.what}: ok, SHA-256 {asset.sha256[:12]}")
-        except InputError as error:
-            healthy = False
-            print(f"packaged    {asset.what}: {error}")
-    try:
-        print(f"STS data    {data.senteval_folder() or 'FCSE_SENTEVAL is not set; else the hub'}")
-    except InputError as error:
-        healthy = False
-        print(f"STS data    {error}")
-    print(f"hub         {'reachable' if data.hub_reachable() else 'out of reach (not needed)'}")
-    if not healthy:
-        raise InputError("something above needs mending")
+    """Say what this machine has, what is wrong with it, and how to mend that.
+
+    Device, threads, precision, memory, folders, packaged assets, STS data, hub.
+    """
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        print(f"{'' if finding.healthy else '! '}{finding.what:12}{finding.said}")
+    wrong = [finding.what for finding in findings if not finding.healthy]
+    if wrong:
+        raise InputError(f"to be mended, see above: {', '.join(dict.fromkeys(wrong))}")
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -287,8 +288,25 @@ def test_doctor_finds_every_packaged_asset(capsys):
     assert run("doctor") == 0
     shown = capsys.readouterr().out
     assert shown.count(": ok, SHA-256") == 4
-    assert "device" in shown
-    assert "precision" in shown
+    for what in ("device", "threads", "precision", "memory", "runs", "cache", "hub"):
+        assert f"\n{what:12}" in shown
+
+
+def test_doctor_says_what_is_wrong_and_how_to_mend_it(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FCSE_RUNS", str(tmp_path / "file"))
+    monkeypatch.setenv("FCSE_SENTEVAL", str(tmp_path / "none"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() + 1)
+    try:
+        assert run("doctor") == 2
+    finally:
+        torch.set_num_threads(threads)
+    out, err = capsys.readouterr()
+    assert re.search(r"^! threads +torch computes .* set OMP_NUM_THREADS=\d+$", out, re.M)
+    assert re.search(r"^! runs +.*cannot be written .* name another with FCSE_RUNS$", out, re.M)
+    assert re.search(r"^! STS data ", out, re.M)
+    assert err == "fcse: to be mended, see above: threads, runs, STS data\n"
 
 
 def test_the_parsers_frame_stays_out_where_output_is_ascii(tmp_path):
