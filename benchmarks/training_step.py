@@ -1,27 +1,39 @@
-"""Seconds of one float32 training step on the packaged encoder, against a plain loop's.
+"""Seconds of a training step on the packaged encoder, against sentence-transformers' trainer.
 
-The peer is the step as it is usually written: tokenizer padding, one pass of the library's model
-with both views, the same loss, clipping and optimiser. Levers join one by one; rounds alternate.
+The peer is `SentenceTransformerTrainer` with `MultipleNegativesRankingLoss` on each sentence paired
+with itself: the same encoder, readout, batch, length, optimiser and precision. Our step is timed
+plain (tokenizer padding, one pass of the library's model with both views) and with the levers of
+`fcse.speed` joining one by one; the last is what `fcse.training` does. Rounds alternate.
 
-    python benchmarks/training_step.py
+    python benchmarks/training_step.py [float32|bf16]
 """
 
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from fcse import losses, speed
-from fcse.data import load_corpus
+from fcse.data import MINILM, load_corpus
 from fcse.encoder import SentenceEncoder
 
-ROUNDS, STEPS, BATCH, LENGTH = 5, 1, 64, 32
+ROUNDS, STEPS, BATCH, LENGTH, RATE = 5, 2, 64, 32, 3e-5
 
 
 def plain_views(encoder, token_ids):
     features = encoder.tokenizer.pad({"input_ids": token_ids * 2}, return_tensors="pt")
+    features = features.to(encoder.device)
     hidden = encoder.backbone(**features).last_hidden_state[:, 0]
     return encoder.head(hidden).chunk(2)
 
@@ -39,39 +51,97 @@ VARIANTS = {
 }
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    encoder = SentenceEncoder.from_pretrained("minilm").train()
-    optimizer = torch.optim.AdamW(encoder.parameters(), 3e-5, weight_decay=0.0, fused=True)
-    sentences = load_corpus("wiki-mini")
-    batches = [sentences[i::300][:BATCH] for i in range(STEPS)]
+class Clock(TrainerCallback):
+    """When each step ended: from one end to the next is a step with its data."""
 
-    def steps(views, context) -> float:
+    def on_train_begin(self, *_, **__):
+        self.ends = []
+
+    def on_step_end(self, *_, **__):
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peer(sentences: list[str], precision: str, folder: str) -> Callable[[], float]:
+    transformer = Transformer(str(MINILM.locate().parent), max_seq_length=LENGTH)
+    model = SentenceTransformer(modules=[transformer, Pooling(384, pooling_mode="cls")])
+    pairs = Dataset.from_dict({"anchor": sentences, "positive": sentences})
+    arguments = Arguments(
+        folder,
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS + 1,
+        learning_rate=RATE,
+        bf16=precision == "bf16",
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    loss = MultipleNegativesRankingLoss(model)
+
+    def seconds() -> float:
+        clock = Clock()
+        SentenceTransformerTrainer(
+            model, arguments, train_dataset=pairs, loss=loss, callbacks=[clock]
+        ).train()
+        return (clock.ends[-1] - clock.ends[0]) / STEPS
+
+    return seconds
+
+
+def ours(sentences: list[str], precision: str, views, context) -> Callable[[], float]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = SentenceEncoder.from_pretrained("minilm").train().to(device)
+    optimizer = torch.optim.AdamW(encoder.parameters(), RATE, weight_decay=0.0, fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    rows = torch.Generator().manual_seed(0)
+
+    def seconds() -> float:
+        synchronize()
         started = time.perf_counter()
-        for batch in batches:
-            ids = encoder.tokenize(batch, LENGTH)
-            with context(encoder.backbone) if context is not nullcontext else nullcontext():
-                u, v = views(encoder, ids)
-            loss = losses.focal_info_nce(losses.similarity_matrix(u, v))
+        for _ in range(STEPS):
+            batch = torch.randperm(len(sentences), generator=rows)[:BATCH].tolist()
+            token_ids = encoder.tokenize([sentences[i] for i in batch], LENGTH)
+            with autocast, nullcontext() if context is nullcontext else context(encoder.backbone):
+                u, v = views(encoder, token_ids)
+            loss = losses.chunked_loss(u, v)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
             optimizer.step()
+        synchronize()
         return (time.perf_counter() - started) / STEPS
 
-    seconds = {name: [] for name in VARIANTS}
-    for round_ in tqdm(range(ROUNDS + 1)):
+    return seconds
+
+
+def main(precision: str = "float32") -> None:
+    torch.manual_seed(0)
+    sentences = load_corpus("wiki-mini")
+    with tempfile.TemporaryDirectory() as folder:
+        timed = {"sentence-transformers' trainer": peer(sentences, precision, folder)}
         for name, variant in VARIANTS.items():
-            took = steps(*variant)
-            if round_:  # the first round warms up
-                seconds[name].append(took)
+            timed[name] = ours(sentences, precision, *variant)
+        seconds = {name: [] for name in timed}
+        for round_ in tqdm(range(ROUNDS + 1)):
+            for name, step in timed.items():
+                took = step()
+                if round_:  # the first round warms up
+                    seconds[name].append(took)
+    theirs = next(iter(seconds.values()))
+    print(f"{precision}, batch {BATCH}, length {LENGTH}, {ROUNDS} rounds of {STEPS} steps")
     for name, took in seconds.items():
-        ratios = [p / t for p, t in zip(seconds["plain"], took, strict=True)]
+        ratios = [p / t for p, t in zip(theirs, took, strict=True)]
         print(
-            f"{name:34}{statistics.median(took):6.2f} s/step   {statistics.median(ratios):.2f}x "
-            f"plain ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{name:34}{statistics.median(took):7.3f} s/step   {statistics.median(ratios):.2f}x "
+            f"the peer ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
