@@ -120,10 +120,15 @@ def run_all(page, lab, name):
     page.goto(f"{lab}/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
     prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
-    page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[[*\d]")).first.wait_for()
+    for _ in range(5):  # a command that comes while JupyterLab still starts may be lost
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.wait_for_timeout(5000)
+        if any(re.search(r"[*\d]", text) for text in prompts.all_inner_texts()):
+            break
+    else:
+        raise AssertionError("no cell starts to run")
     for _ in range(15 * 60):
         page.wait_for_timeout(1000)
         if all(re.search(r"\d", text) for text in prompts.all_inner_texts()):
@@ -148,7 +153,7 @@ def when_changed(page, read, before):
 
 def drive_ablation_panel(page):
     """Move a slider and choose a preset by keyboard and mouse: the picture follows each time."""
-    picture = page.locator("img[alt*='logit' i]").last
+    picture = page.locator(".fcse-panel img[alt*='logit' i]")
 
     def source():
         return picture.get_attribute("src")
