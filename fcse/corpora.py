@@ -48,6 +48,7 @@ class TokenizedCorpus:
         encoder: SentenceEncoder,
         max_length: int,
         cache: str | Path | None = None,
+        least: int = 1,
     ) -> Self:
         """Tokenise a corpus, or open what an earlier call made of the same sentences.
 
@@ -61,14 +62,20 @@ class TokenizedCorpus:
             encoder: its `tokenize` and `tokenizer` are used.
             max_length: tokens kept of each sentence.
             cache: folder of the file, made where it is missing; `data.cache_folder` by default.
+            least: sentences the corpus must have: one batch.
 
         Raises:
-            InputError: no such corpus, not UTF-8, empty, a sentence longer than `LONGEST`, or a
-                cache folder that cannot be written or is full.
+            InputError: no such corpus, not UTF-8, empty, fewer sentences than `least`, one longer
+                than `LONGEST`, or a cache folder that cannot be written or is full.
         """
         read = corpus_reader(name_or_path)
         digest = hashlib.sha256()
         rows = sum(map(len, _chunks(read(), digest)))
+        if rows < least:
+            raise InputError(
+                f"corpus {name_or_path!r} has {rows} sentences, fewer than one batch of {least}: "
+                "lower batch_size or give more text"
+            )
         sha256 = digest.hexdigest()
         cache = Path(cache or cache_folder())
         path = cache / f"tokens-{_key(sha256, encoder, max_length)}.arrow"

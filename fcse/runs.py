@@ -82,8 +82,10 @@ class RunFolder:
             raise InputError(f"{self.path / _RECORD} is no valid JSON: {way_out}") from None
         except OSError as error:
             raise InputError(f"{self.path / _RECORD}: {error.strerror}; {way_out}") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{self.path / _RECORD} is no record of a run: {way_out}")
         for part, ours in self.identity.items():
-            theirs = record.get(part) if isinstance(record, dict) else None
+            theirs = record.get(part)
             theirs = theirs if isinstance(theirs, dict) else {}
             differing = [k for k in ours.keys() | theirs.keys() if theirs.get(k) != ours.get(k)]
             if differing:

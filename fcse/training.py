@@ -23,6 +23,7 @@ from fcse import losses, micro_batches, processes, speed
 from fcse.corpora import TokenizedCorpus, row_batches
 from fcse.data import (
     SentencePairs,
+    corpus_reader,
     first_line,
     is_file,
     is_folder,
@@ -310,13 +311,11 @@ def _train(
     precision = resolve_precision(config.precision, device)
     _make_deterministic((config.seed + world.process_index) % 2**32, device)
 
+    corpus_reader(config.corpus)  # refuses what is not there before an encoder is fetched
     encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
-    corpus = TokenizedCorpus.load(config.corpus, encoder, config.max_length)
-    if len(corpus) < config.batch_size:
-        raise InputError(
-            f"corpus {config.corpus!r} has {len(corpus)} sentences, fewer than one batch of "
-            f"{config.batch_size}: lower batch_size or give more text"
-        )
+    corpus = TokenizedCorpus.load(
+        config.corpus, encoder, config.max_length, least=config.batch_size
+    )
     judged = judged_pairs(config.metric)
     first_weights = weights_hash(encoder.backbone)
     encoder.to(device)
