@@ -306,11 +306,6 @@ def _start(
     config: TrainConfig, tasks: Sequence[str], keep_models: bool, slot: int, workers: int
 ) -> "subprocess.Popen[bytes]":
     """`run_one` in a new process, in a session of its own, so that Ctrl-C reaches us alone."""
-    environment = dict(os.environ)
-    if gpus := _gpus():
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    elif workers > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
     order = {"config": asdict(config), "tasks": list(tasks), "keep_model": keep_models}
     with _log(config).open("wb") as log:
         return subprocess.Popen(
@@ -318,9 +313,18 @@ def _start(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=os.environ | _share(slot, workers),
             start_new_session=True,
         )
+
+
+def _share(slot: int, workers: int) -> dict[str, str]:
+    """The environment that gives a worker its GPU, or its part of the cores."""
+    if gpus := _gpus():
+        return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+    if workers > 1:
+        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
+    return {}
 
 
 def _log(config: TrainConfig) -> Path:
@@ -472,7 +476,9 @@ def estimate(grid: Grid, runs: Sequence[TrainConfig]) -> tuple[float, str]:
         done = known[known["encoder"] == encoder] if len(known) else known
         if len(done):
             rate = done["wall_time_s"].sum() / (done["steps"] * done["batch_size"]).sum()
-            sources.append(f"from {len(done)} finished runs of {encoder} on {device}")
+            sources.append(
+                f"from {len(done)} finished run{'s'[: len(done) > 1]} of {encoder} on {device}"
+            )
         else:
             rate = _seconds(same[0]) / (same[0].steps * same[0].batch_size)
             sources.append(f"from 2 steps of {encoder} timed on {device}")
