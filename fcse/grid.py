@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from fcse import processes
-from fcse.data import STS_TASKS, SentencePairs, is_folder, load_lee, load_sts
+from fcse.data import STS_TASKS, SentencePairs, is_file, is_folder, load_lee, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.losses import effective_modulation
@@ -62,8 +62,10 @@ class Grid:
         """The runs that are not yet trained and scored on every task, with these versions.
 
         Raises:
-            InputError: a record in the folder that cannot be read.
+            InputError: a folder that is a file, or a record in it that cannot be read.
         """
+        if is_file(self.folder):
+            raise InputError(f"output {self.folder} is a file: name a folder")
         left = []
         for config in self.runs:
             finished = _finished(config.folder)
@@ -367,7 +369,7 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]
         if not record["finished"]:
             return None
         return record, json.loads((folder / _SCORES).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, OSError):
         raise InputError(f"{folder} holds a damaged record of a run: delete that folder") from None

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -216,6 +217,16 @@ def test_flags_that_do_not_go_together(flags, tmp_path, monkeypatch, capsys):
     assert err.startswith("fcse: ")
     assert out == ""
     assert tree(tmp_path) == before
+
+
+def test_an_output_that_is_a_file_or_lies_in_one(grid, tmp_path):
+    study = grid(TWO)
+    (tmp_path / "out").write_text("")
+    with one_line_refusal(f"output {tmp_path / 'out'} is a file"):
+        study.to_run()
+    inside = replace(study, folder=tmp_path / "out/in")
+    with one_line_refusal(f"study in {tmp_path / 'out/in'} stopped: Not a directory"):
+        grids.run_grid(inside)
 
 
 @pytest.mark.usefixtures("no_sts_data")
