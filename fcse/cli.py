@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import tyro
+from tqdm.auto import tqdm
 
 from fcse import __version__, data, plots, processes
 from fcse.checkpoints import import_checkpoint
@@ -23,6 +24,7 @@ from fcse.doctor import examine
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
+from fcse.grid import Grid, check_workers, estimate, plan, read_grid, run_grid
 from fcse.pooling import Pooling
 from fcse.published import SIMCSE_50_SEEDS
 from fcse.recipes import RECIPES, recipe
@@ -232,13 +234,37 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def run_study(seed: int = 0, figures: Path = Path("figures")) -> None:
+def run_study(
+    seed: int = 0,
+    figures: Path = Path("figures"),
+    config: Path | None = None,
+    output: Path | None = None,
+    workers: int | None = None,
+    keep_models: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Train InfoNCE and Focal-InfoNCE on the embedded default, score both, draw the figures.
 
+    With --config a grid of runs instead, each trained and scored once: one row a run in
+    OUTPUT/results.csv. What is there already is not repeated.
+
     Args:
-        seed: Of head, data order and dropout.
-        figures: Folder for PNG, SVG and CSV.
+        seed: Of head, data order and dropout; a grid names its own.
+        figures: Folder for PNG, SVG and CSV; a grid draws none.
+        config: TOML file of a grid, see the README.
+        output: Folder of the grid; by default named as the file, under FCSE_RUNS, else runs/.
+        workers: Runs at a time; by default one a GPU, else one.
+        keep_models: Keep the weights of the grid's runs, not only what came out.
+        dry_run: Say what the grid would run and how long that takes; write nothing.
     """
+    if config is not None:
+        if seed or figures != Path("figures"):
+            raise InputError("--seed and --figures do not go with --config: name seeds in the file")
+        folder = output or Path(os.environ.get("FCSE_RUNS", "runs")) / config.stem
+        _run_grid(read_grid(config, folder), workers, keep_models, dry_run)
+        return
+    if output or workers is not None or keep_models or dry_run:
+        raise InputError("--output, --workers, --keep-models and --dry-run need --config")
     table = study(seed, figures)
     wide = table.pivot(index="encoder", columns="task", values="score")
     wide = wide.loc[table["encoder"].unique(), table["task"].unique()].round(2)
@@ -246,6 +272,21 @@ def run_study(seed: int = 0, figures: Path = Path("figures")) -> None:
     print(wide.rename_axis(index=None, columns=None).to_string())
     print(f"\nfigures: {figures}/\nnotebooks: make lab")
     print("an interval for a difference: fcse compare; over several seeds: fcse report")
+
+
+def _run_grid(grid: Grid, workers: int | None, keep_models: bool, dry_run: bool) -> None:
+    at_a_time = check_workers(workers)
+    runs = grid.to_run()
+    print(f"{len(grid.runs)} runs: {len(grid.runs) - len(runs)} done, {len(runs)} to run")
+    if dry_run and runs:
+        print(f"\n{plan(runs).to_string(index=False)}\n")
+        seconds, source = estimate(grid, runs)
+        took = tqdm.format_interval(round(seconds / min(at_a_time, len(runs))))
+        print(f"estimated time of training, {at_a_time} at a time: {took} ({source})")
+    if not dry_run:
+        run_grid(grid, workers, keep_models)
+        print(f"results: {grid.folder / 'results.csv'}")
+        print(f"objectives over seeds: fcse report {grid.folder / 'runs'}")
 
 
 def run_doctor() -> None:

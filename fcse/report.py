@@ -112,7 +112,9 @@ def judged(
                 encoder = SentenceEncoder.from_pretrained(encoder)
             scores = judge_tasks(encoder, missing)
             known |= {pairs.name: s for pairs, s in zip(missing, scores, strict=True)}
-            path.write_text(json.dumps(known, indent=1) + "\n")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=1) + "\n")
+            partial.rename(path)
     except json.JSONDecodeError:
         raise InputError(f"{path} is no valid JSON: delete it to score again") from None
     except OSError as error:

@@ -196,6 +196,11 @@ class RunFolder:
         """Remove what only an unfinished run needs."""
         shutil.rmtree(self.path / _RESUME, ignore_errors=True)
 
+    def drop_models(self) -> None:
+        """Remove all weights; record and metrics stay, and the run can be trained again."""
+        for folder in (self.model, self.path / _CHECKPOINTS):
+            shutil.rmtree(folder, ignore_errors=True)
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Turn what a full disk or a read-only folder raises into one line."""
