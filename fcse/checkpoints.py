@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fcse.data import first_line, is_file, is_folder
+from fcse.data import is_file, is_folder
 from fcse.encoder import SentenceEncoder
-from fcse.errors import InputError
+from fcse.errors import InputError, first_line
 from fcse.pooling import Pooling
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

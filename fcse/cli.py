@@ -22,7 +22,7 @@ from fcse import __version__, data, plots, processes
 from fcse.checkpoints import import_checkpoint
 from fcse.doctor import examine
 from fcse.encoder import SentenceEncoder
-from fcse.errors import InputError
+from fcse.errors import InputError, writing
 from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
 from fcse.grid import Grid, check_workers, estimate, plan, read_grid, run_grid
 from fcse.pooling import Pooling
@@ -202,10 +202,8 @@ def run_import(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output {output} is there already: name a new folder")
     imported = import_checkpoint(checkpoint, encoder, pooling)
-    try:
+    with writing(f"output {output}"):
         imported.save_pretrained(output)
-    except OSError as error:
-        raise InputError(f"output {output} cannot be written: {error.strerror}") from None
     print(f"model: {output} (pooling {pooling})")
 
 
@@ -228,10 +226,8 @@ def _check_json(path: Path | None) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     if not processes.world().is_main_process:
         return
-    try:
+    with writing(path):
         path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def run_study(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm.auto import tqdm
 
-from fcse.errors import InputError
+from fcse.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -382,12 +382,6 @@ def hub_reachable(timeout: float = 5.0) -> bool:
     except Exception:  # offline mode, no network, no answer: all mean no
         return False
     return True
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, cut to one line, without a terminal's colours."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def load_lee() -> SentencePairs:

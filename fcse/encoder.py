@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fcse import speed
-from fcse.data import MINILM, first_line, hub_reachable, is_file, is_folder
-from fcse.errors import InputError
+from fcse.data import MINILM, hub_reachable, is_file, is_folder
+from fcse.errors import InputError, first_line
 from fcse.pooling import Pooling, layers_read, read_layout, write_layout
 
 _HEAD_FILE = "head.safetensors"

@@ -1,5 +1,31 @@
 """The one error that a user, not a programmer, can cause."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
 
 class InputError(ValueError):
     """Something the user named is missing or wrong; the message names it and the way out."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to one line, without a terminal's colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def writing(what: object, way_out: str = "make room, or name another place") -> Iterator[None]:
+    """Turn what a full disk or a read-only folder raises within into one line.
+
+    Raises:
+        InputError: `what` cannot be written, why, and the way out.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{what} cannot be written ({reason}): {way_out}") from None

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fcse.errors import InputError
+from fcse.errors import writing
 
 # Okabe & Ito's palette: distinct for every common kind of colour blindness.
 COLOURS = {
@@ -148,10 +148,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         InputError: it cannot be made.
     """
-    try:
+    with writing(f"figures folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"figures folder {folder}: {error.strerror}") from None
 
 
 @plt.rc_context(STYLE)
@@ -165,11 +163,15 @@ def save(figure: Picture, table: pd.DataFrame, path: Path) -> None:
         figure: what to write.
         table: the numbers, written with six significant digits.
         path: folder and name without suffix.
+
+    Raises:
+        InputError: they cannot be written.
     """
     make_folder(path.parent)
-    figure.savefig(path.with_suffix(".png"), metadata={"Description": figure.alt})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Title": figure.alt})
-    table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+    with writing(f"figure {path}"):
+        figure.savefig(path.with_suffix(".png"), metadata={"Description": figure.alt})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Title": figure.alt})
+        table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
 
 
 @plt.rc_context(STYLE)

@@ -5,8 +5,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fcse.cards import write_card
-from fcse.data import first_line
 from fcse.encoder import SentenceEncoder
-from fcse.errors import InputError
+from fcse.errors import InputError, writing
 
 _RECORD, _METRICS, _MODEL, _CHECKPOINTS = "run.json", "metrics.jsonl", "model", "checkpoints"
 _RESUME, _TENSORS, _FACTS = "resume", "state.safetensors", "state.json"
@@ -201,17 +200,9 @@ class RunFolder:
         for folder in (self.model, self.path / _CHECKPOINTS):
             shutil.rmtree(folder, ignore_errors=True)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn what a full disk or a read-only folder raises into one line."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise InputError(
-                f"run {self.path} cannot be written ({reason}): mend that, and the same command "
-                "goes on from the last whole state"
-            ) from None
+    def _writing(self) -> AbstractContextManager[None]:
+        way_out = "mend that, and the same command goes on from the last whole state"
+        return writing(f"run {self.path}", way_out)
 
     def _write_record(self, record: dict[str, Any]) -> None:
         partial = self.path / f"{_RECORD}.partial"

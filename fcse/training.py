@@ -24,7 +24,6 @@ from fcse.corpora import TokenizedCorpus, row_batches
 from fcse.data import (
     SentencePairs,
     corpus_reader,
-    first_line,
     is_file,
     is_folder,
     load_lee,
@@ -32,7 +31,7 @@ from fcse.data import (
     sha256,
 )
 from fcse.encoder import SentenceEncoder
-from fcse.errors import InputError
+from fcse.errors import InputError, first_line
 from fcse.evaluation import judge
 from fcse.pooling import Pooling
 from fcse.runs import RunFolder, State, versions, weights_hash
