@@ -366,7 +366,7 @@ def _terminate(*_: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, or 2 with one line on what the user can mend.
 
-    Ctrl-C ends with 130 and SIGTERM with 143, as shells expect.
+    Ctrl-C ends with 130, SIGTERM with 143 and a closed pipe with 141, as shells expect.
     """
     signal.signal(signal.SIGTERM, _terminate)
     first = processes.world().is_main_process
@@ -376,6 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"fcse: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `fcse ... | head`: nobody reads on, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except (KeyboardInterrupt, _Terminated) as stop:
         terminated = isinstance(stop, _Terminated)
         how = "terminated" if terminated else "interrupted"

@@ -36,7 +36,7 @@ def examine() -> Iterator[Finding]:
         "fcse", f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}"
     )
     yield Finding("device", f"{device.type} {name}, {os.cpu_count()} cores".replace(" ,", ","))
-    yield _threads()
+    yield Finding("threads", f"torch computes with {torch.get_num_threads()}")
     yield Finding("precision", f"auto means {resolve_precision('auto', device)} here")
     yield _memory()
     yield _folder("runs", Path(os.environ.get("FCSE_RUNS", "runs")), "FCSE_RUNS")
@@ -54,14 +54,6 @@ def examine() -> Iterator[Finding]:
         yield Finding("STS data", str(error), healthy=False)
     reachable = data.hub_reachable()
     yield Finding("hub", "reachable" if reachable else "out of reach (not needed)")
-
-
-def _threads() -> Finding:
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    said = f"torch computes with {threads}"
-    if threads > cores:
-        return Finding("threads", f"{said} on {cores} cores: set OMP_NUM_THREADS={cores}", False)
-    return Finding("threads", said)
 
 
 def _memory() -> Finding:

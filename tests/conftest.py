@@ -6,7 +6,8 @@ from contextlib import contextmanager
 # The suite never asks a network: a hub that answers slowly must not decide how a test ends.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # On tensors as small as these, threads that share busy cores wait for each other: ten times slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# And a fork in which other threads once computed waits for them for ever: some tests fork.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
