@@ -227,26 +227,6 @@ def hardest_share(
     return float(np.abs(pull[hardest]).sum() / np.abs(pull).sum())
 
 
-def ranked_negatives(
-    sim: Tensor, sentences: Sequence[str], temperature: float = 0.05, m: float = 0.3
-) -> pd.DataFrame:
-    """Every negative pair of a batch with its pull under both objectives, hardest first.
-
-    Returns:
-        Columns "similarity", "info_nce", "focal_info_nce" (pulls, see `negative_pulls`), "anchor",
-        "negative" (the sentences).
-    """
-    n = len(sim)
-    i, j = np.nonzero(~np.eye(n, dtype=bool))
-    columns = {"similarity": sim.numpy()[i, j]}
-    for objective in ("info_nce", "focal_info_nce"):
-        columns[objective] = negative_pulls(sim, objective, temperature=temperature, m=m)[1]
-    columns["anchor"] = [sentences[k] for k in i]
-    columns["negative"] = [sentences[k] for k in j]
-    table = pd.DataFrame(columns)
-    return table.sort_values("similarity", ascending=False, ignore_index=True)
-
-
 def anchor_negatives(
     sim: Tensor, anchor: int, temperature: float = 0.05, m: float = 0.3
 ) -> pd.DataFrame:

@@ -38,14 +38,6 @@ def test_deciles_share_the_whole_pull(sim):
         assert analysis.hardest_share(sim, objective, 0.5) == pytest.approx(expected[-1], rel=1e-5)
 
 
-def test_ranked_negatives_name_the_right_sentences(sim):
-    table = analysis.ranked_negatives(sim, [str(i) for i in range(20)])
-    assert len(table) == 20 * 19
-    assert table["similarity"].is_monotonic_decreasing
-    for _, row in table.head(5).iterrows():
-        assert sim[int(row["anchor"]), int(row["negative"])].item() == row["similarity"]
-
-
 @pytest.mark.parametrize(
     ("key", "positive", "negative"),
     [
