@@ -83,7 +83,7 @@ def kill(process, writing, wait):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(4, 40), pytest.param(20, 400, marks=pytest.mark.long)]
+    ("kills", "steps"), [(4, 40), pytest.param(20, 1500, marks=pytest.mark.long)]
 )
 def test_killed_at_any_moment_it_ends_as_undisturbed(config, tmp_path, kills, steps):
     config = replace(config, steps=steps)
