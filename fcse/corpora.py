@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from fcse.data import cache_folder, corpus_reader
 from fcse.encoder import SentenceEncoder
-from fcse.errors import InputError
+from fcse.errors import InputError, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,18 +81,13 @@ class TokenizedCorpus:
         path = cache / f"tokens-{_key(sha256, encoder, max_length)}.arrow"
         dataset = _open(path, rows)
         if dataset is None:
-            try:
+            with writing(cache, "name another folder with XDG_CACHE_HOME, or make room"):
                 cache.mkdir(parents=True, exist_ok=True)
                 with FileLock(f"{path}.lock"):
                     dataset = _open(path, rows)  # another process may have been faster
                     if dataset is None:
                         _build(path, read, sha256, rows, encoder, max_length)
                         dataset = _open(path, rows)
-            except OSError as error:
-                raise InputError(
-                    f"{cache} cannot be written ({error.strerror}): name another folder with "
-                    "XDG_CACHE_HOME, or make room"
-                ) from None
         if dataset is None:
             raise InputError(f"{path} cannot be read back: name another folder with XDG_CACHE_HOME")
         return cls(dataset, sha256)
