@@ -368,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Ctrl-C ends with 130, SIGTERM with 143 and a closed pipe with 141, as shells expect.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     first = processes.world().is_main_process
     try:
         with redirect_stdout(sys.stdout if first else io.StringIO()):
@@ -384,6 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         how = "terminated" if terminated else "interrupted"
         print(f"fcse: {how}: training goes on when the same command is given", file=sys.stderr)
         sys.exit(143 if terminated else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Real weights, real text, and tiny random models of each architecture, made once a session."""
 
 import os
+import signal
 from contextlib import contextmanager
 
 # The suite never asks a network: a hub that answers slowly must not decide how a test ends.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # On tensors as small as these, threads that share busy cores wait for each other: ten times slower.
-# And a fork in which other threads once computed waits for them for ever: some tests fork.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -27,6 +27,9 @@ from transformers import (
 from fcse.data import load_corpus
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
+
+# A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOKEN_LIMIT = 64
 """Tokens that every tiny model takes; RoBERTa's and MPNet's tables have two rows more."""

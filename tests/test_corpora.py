@@ -1,6 +1,5 @@
 """Tokenised corpora: the same as a list in memory, whatever the text and whatever goes wrong."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -15,6 +14,7 @@ import pytest
 from conftest import bert_config, make_tokenizer, one_line_refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from own_process import CLEAN
 from transformers import AutoModel, ByT5Tokenizer
 
 from fcse import corpora
@@ -325,17 +325,16 @@ def killed_while_tokenising(name, encoder, cache):
         return plain(sentences, max_length)
 
     encoder.tokenize = tokenize
+    corpora._CHUNK_SENTENCES = 3
     TokenizedCorpus.load(name, encoder, 12, cache)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_build_is_not_taken_for_whole(encoder, tmp_path, cache, monkeypatch):
     monkeypatch.setattr(corpora, "_CHUNK_SENTENCES", 3)
     path = write(tmp_path / "text.txt", "A line.\n" * 9 + "here it is killed\n" + "A line.\n" * 9)
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=killed_while_tokenising, args=(path, encoder, cache))
+    process = CLEAN.Process(target=killed_while_tokenising, args=(path, encoder, cache))
     process.start()
-    process.join(60)
+    process.join()
     assert process.exitcode == -signal.SIGKILL
     (left,) = files(cache)
     assert left.suffix == ".partial"

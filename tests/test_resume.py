@@ -1,10 +1,8 @@
 """A run that is killed, stopped or cannot write goes on as if nothing had been."""
 
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -12,12 +10,10 @@ from dataclasses import replace
 
 import pytest
 from conftest import one_line_refusal
+from own_process import start
 
-from fcse.cli import main
 from fcse.data import is_folder
-from fcse.training import TrainConfig, read_run, train
-
-FORK = multiprocessing.get_context("fork")
+from fcse.training import TrainConfig, load_run, read_run, train
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +52,6 @@ def same(run, undisturbed):
     assert {p.name for p in run.folder.iterdir()} == {p.name for p in undisturbed.folder.iterdir()}
 
 
-def start(*arguments):
-    """`fcse ...` in a process of its own."""
-    process = FORK.Process(target=main, args=(arguments,))
-    process.start()
-    return process
-
-
 def flags(config):
     fields = vars(config).items()
     return ["train"] + [
@@ -73,30 +62,45 @@ def flags(config):
     ]
 
 
-def kill(process, writing, wait):
-    """Kill -9 after a while; with `writing`, once a state is being written after that."""
+def kill(process, wait):
     process.join(wait)
-    while writing is not None and process.is_alive() and not is_folder(writing):
-        time.sleep(0.0005)
     process.kill()
     process.join()
 
 
+def kill_in_a_write(process, wait, states):
+    """Kill -9 while a state is being written, at least one whole state after `wait` seconds."""
+
+    def written():
+        return {path.name for path in states.glob("[0-9]*")}
+
+    process.join(wait)
+    before = written()
+    while process.is_alive() and not written() - before:
+        time.sleep(0.0005)
+    while process.is_alive() and not is_folder(states / "partial"):
+        time.sleep(0.0005)
+    kill(process, 0)
+
+
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(4, 40), pytest.param(20, 1500, marks=pytest.mark.long)]
+    ("kills", "steps"), [(4, 100), pytest.param(20, 1500, marks=pytest.mark.long)]
 )
 def test_killed_at_any_moment_it_ends_as_undisturbed(config, tmp_path, kills, steps):
     config = replace(config, steps=steps)
+    alone = replace(config, output=str(tmp_path / "undisturbed"))
+    start(["--help"], tmp_path / "errors.txt").join()  # what is imported once for all is not timed
     started = time.perf_counter()
-    undisturbed = train(replace(config, output=str(tmp_path / "undisturbed")))
+    start(flags(alone), tmp_path / "errors.txt").join()
     took = time.perf_counter() - started
+    undisturbed = load_run(alone)
     moments = random.Random(kills)
     states = tmp_path / "run/resume"
     codes, whole = [], set()
     for i in range(kills):
-        process = start(*flags(config))
-        writing = states / "partial" if i % 2 else None
-        kill(process, writing, moments.uniform(0, min(0.8 * took, 5)))
+        process = start(flags(config), tmp_path / "errors.txt")
+        wait = moments.uniform(0, min(0.4 * took, 10))
+        kill_in_a_write(process, wait, states) if i % 2 else kill(process, wait)
         codes.append(process.exitcode)
         found = {path.name for path in states.glob("[0-9]*")}
         assert len(found) <= 3
@@ -138,31 +142,27 @@ def test_without_a_whole_state_it_starts_again(config, undisturbed, tmp_path):
     ("signal_", "code", "word"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
-def test_signals_end_it_as_shells_expect(config, undisturbed, tmp_path, signal_, code, word, capfd):
-    process = start(*flags(config))
+def test_signals_end_it_as_shells_expect(config, undisturbed, tmp_path, signal_, code, word):
+    errors = tmp_path / "errors.txt"
+    process = start(flags(config), errors)
     while not (tmp_path / "run/resume/5").exists():
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal_)
     process.join()
     assert process.exitcode == code
-    said = capfd.readouterr().err.splitlines()[-1]
+    said = errors.read_text().splitlines()[-1]
     assert said == f"fcse: {word}: training goes on when the same command is given"
     same(train(config), undisturbed)
 
 
-def limited(size, arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    main(arguments)
-
-
 @pytest.mark.parametrize("size", [2_000, 20_000, 200_000])
-def test_a_disk_that_takes_no_more_is_one_line(config, undisturbed, tmp_path, size, capfd):
-    process = FORK.Process(target=limited, args=(size, flags(config)))
-    process.start()
+def test_a_disk_that_takes_no_more_is_one_line(config, undisturbed, tmp_path, size):
+    errors = tmp_path / "errors.txt"
+    process = start(flags(config), errors, size)
     process.join()
     assert process.exitcode == 2
-    said = capfd.readouterr().err.strip().splitlines()[-1]
+    said = errors.read_text().strip().splitlines()[-1]
     assert said.startswith(f"fcse: run {tmp_path / 'run'} cannot be written (")
     assert "Traceback" not in said
     same(train(config), undisturbed)

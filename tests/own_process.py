@@ -1,0 +1,29 @@
+"""`fcse ...` in a process of its own, forked from one in which nothing but imports has happened.
+
+A fork of the test process itself would wait for ever for locks that other threads of it held.
+"""
+
+import multiprocessing
+import os
+import resource
+from pathlib import Path
+
+from fcse.cli import main
+
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["fcse.cli", "transformers.models.bert.modeling_bert"])
+
+
+def _main(arguments, errors, largest_file):
+    for stream, path in ((1, os.devnull), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    main(arguments)
+
+
+def start(arguments, errors: Path, largest_file=None):
+    """Begin the command: standard error goes to a file, and no file may be larger than that."""
+    process = CLEAN.Process(target=_main, args=(arguments, str(errors), largest_file))
+    process.start()
+    return process
