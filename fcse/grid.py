@@ -31,8 +31,7 @@ from fcse.errors import InputError
 from fcse.losses import effective_modulation
 from fcse.recipes import recipe
 from fcse.report import judged
-from fcse.runs import RunFolder
-from fcse.training import TrainConfig, judged_pairs, score, train
+from fcse.training import TrainConfig, judged_pairs, run_folder, score, train
 
 TASKS = ("Lee", *STS_TASKS, "STSBenchmark-dev", "SICKRelatedness-dev")
 """What the runs of a grid can be scored on."""
@@ -216,7 +215,7 @@ def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None
         InputError: as in `training.train`, `load_tasks`.
     """
     pairs = load_tasks(tasks)
-    folder = RunFolder(config.folder, config.identity)
+    folder = run_folder(config)
     if not is_folder(folder.model) and folder.record() is not None:
         folder.start()  # a task more than before, and the weights were removed: train them again
     encoder = train(config).encoder.to(processes.world().device)

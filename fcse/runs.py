@@ -5,11 +5,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,12 +51,21 @@ def weights_hash(module: nn.Module) -> str:
 
 
 class RunFolder:
-    """One run's folder, bound to the identity of that run: parts with names and values."""
+    """One run's folder, bound to the identity of that run: parts with names and values.
 
-    def __init__(self, path: Path, identity: dict[str, dict[str, Any]]) -> None:
+    defaults: what a name stands for that a record lacks, since it was written before there was it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, dict[str, Any]],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.path = path
         self.model = path / _MODEL
         self.identity = identity
+        self.defaults = defaults
 
     def record(self) -> dict[str, Any] | None:
         """What run.json holds once this very run has finished, else None.
@@ -86,7 +96,11 @@ class RunFolder:
         for part, ours in self.identity.items():
             theirs = record.get(part)
             theirs = theirs if isinstance(theirs, dict) else {}
-            differing = [k for k in ours.keys() | theirs.keys() if theirs.get(k) != ours.get(k)]
+            differing = [
+                k
+                for k in ours.keys() | theirs.keys()
+                if theirs.get(k, self.defaults.get(k)) != ours.get(k)
+            ]
             if differing:
                 raise InputError(
                     f"output {self.path} holds another run (other {', '.join(sorted(differing))}): "
@@ -94,8 +108,11 @@ class RunFolder:
                 )
         return record if record.get("finished") else None
 
-    def start(self) -> None:
+    def start(self) -> State | None:
         """Make the folder ready: cut back to its last whole state, or emptied where it has none.
+
+        Returns:
+            That state.
 
         Raises:
             InputError: it cannot be written.
@@ -110,6 +127,7 @@ class RunFolder:
             else:
                 os.truncate(self.path / _METRICS, state.facts["metrics_bytes"])
             self._write_record(self.identity | {"finished": False})
+        return state
 
     def log(self, **numbers: float) -> None:
         """Append one line to metrics.jsonl."""

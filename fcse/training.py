@@ -143,9 +143,14 @@ class TrainConfig:
 
     @property
     def name(self) -> str:
-        """A folder name that is the same for equal identities only."""
-        identity = json.dumps(self.identity, sort_keys=True).encode()
-        digest = hashlib.sha256(identity).hexdigest()[:8]
+        """A folder name that is the same for equal identities only.
+
+        Fields at their defaults have no part in it, so that a field added later renames no run.
+        """
+        identity = self.identity
+        set_ = {k: v for k, v in identity["config"].items() if v != getattr(TrainConfig, k)}
+        named = json.dumps(identity | {"config": set_}, sort_keys=True).encode()
+        digest = hashlib.sha256(named).hexdigest()[:8]
         return f"{self.key}-seed{self.seed}-{digest}"
 
     @property
@@ -205,6 +210,11 @@ class TrainResult:
         return encoder
 
 
+def run_folder(config: TrainConfig) -> RunFolder:
+    """The folder of a run, there or not."""
+    return RunFolder(config.folder, config.identity, asdict(TrainConfig()))
+
+
 def train(
     config: TrainConfig, callback: Callable[[int, SentenceEncoder], None] | None = None
 ) -> TrainResult:
@@ -226,7 +236,7 @@ def train(
             output folder that holds something else or cannot be written, or a loss or gradient
             that is not finite.
     """
-    folder = RunFolder(config.folder, config.identity)
+    folder = run_folder(config)
     if folder.record() is None:
         _train(config, folder, callback)
     folder.drop_states()
@@ -239,7 +249,7 @@ def load_run(config: TrainConfig) -> TrainResult:
     Raises:
         InputError: the run is not there, not finished, another, or damaged.
     """
-    folder = RunFolder(config.folder, config.identity)
+    folder = run_folder(config)
     record = folder.record()
     if record is None:
         raise InputError(f"{folder.path} holds no finished run: train it first")
@@ -327,11 +337,10 @@ def _train(
             return encoder(token_ids)
 
     world.wait_for_everyone()
-    if first:
-        folder.start()
+    state = folder.start() if first else None
     world.wait_for_everyone()
+    state = state if first else folder.last_state()
     progress = _Progress(world.num_processes)
-    state = folder.last_state()
     if state is not None:
         progress = _restore(state, folder, encoder, optimizer)
     else:

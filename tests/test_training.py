@@ -101,6 +101,25 @@ def test_a_finished_run_is_loaded(config):
     assert load_run(config).evaluations == first.evaluations
 
 
+def test_a_run_from_before_a_field_existed_is_this_run_at_its_default(config):
+    result = train(config)
+    path = result.folder / "run.json"
+    record = json.loads(path.read_text())
+    assert config.alpha == record["config"].pop("alpha")
+    path.write_text(json.dumps(record))
+    assert load_run(config).losses == result.losses
+    with one_line_refusal(r"another run .*alpha"):
+        load_run(replace(config, alpha=1.0))
+
+
+def test_a_field_at_its_default_has_no_part_in_the_name(config, monkeypatch):
+    name, field = config.name, TrainConfig.__dataclass_fields__["alpha"]
+    names = {replace(config, **{k: v}).name for k, v in (("alpha", 1.0), ("m", 0.0), ("seed", 9))}
+    assert len(names | {name}) == 4
+    monkeypatch.delitem(TrainConfig.__dataclass_fields__, field.name)  # as before it existed
+    assert config.name == name
+
+
 def test_a_corpus_that_changed_is_another_run(config, monkeypatch, tmp_path):
     monkeypatch.setenv("FCSE_RUNS", str(tmp_path / "runs"))
     config = replace(config, output=None, steps=2)

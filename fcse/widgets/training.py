@@ -22,7 +22,7 @@ from fcse.data import load_corpus
 from fcse.errors import InputError
 from fcse.losses import effective_modulation
 from fcse.runs import RunFolder
-from fcse.training import TrainConfig
+from fcse.training import TrainConfig, run_folder
 from fcse.widgets.pictures import encode, panel
 
 _POLL = 0.5
@@ -153,7 +153,7 @@ class TrainingPanel:
             return
         try:
             config = self.config
-            folder = RunFolder(config.folder, config.identity)
+            folder = run_folder(config)
             if folder.record() is not None:
                 run = _read(config, folder)
                 if not run.evaluations:
