@@ -24,6 +24,7 @@ from fcse.doctor import examine
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError, writing
 from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
+from fcse.findings import draw, take_over
 from fcse.grid import Grid, check_workers, estimate, plan, read_grid, run_grid
 from fcse.pooling import Pooling
 from fcse.published import SIMCSE_50_SEEDS
@@ -285,6 +286,28 @@ def _run_grid(grid: Grid, workers: int | None, keep_models: bool, dry_run: bool)
         print(f"objectives over seeds: fcse report {grid.folder / 'runs'}")
 
 
+def run_findings(
+    folder: Annotated[Path, tyro.conf.Positional] = Path("figures/study"),
+    runs: Path | None = None,
+) -> None:
+    """What the study found: settings chosen, contrasts over seeds; and its figures, drawn again.
+
+    Args:
+        folder: The study's tables, one CSV beside each TOML file of a grid; figures go there too.
+        runs: Where fcse study put those grids, else the tables are taken as they are.
+    """
+    if runs is not None:
+        take_over(folder, runs)
+    found = draw(folder)
+    for name, said in (
+        ("chosen", "learning rate of each objective, best on the dev split"),
+        ("contrasts", "over seeds, paired; p_holm is corrected for the number of comparisons"),
+    ):
+        if name in found:
+            print(f"\n{said}\n{found[name].round(3).to_string(index=False)}")
+    print(f"\nfigures: {folder}/")
+
+
 def run_doctor() -> None:
     """Say what this machine has, what is wrong with it, and how to mend that.
 
@@ -306,6 +329,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": run_report,
     "import": run_import,
     "study": run_study,
+    "findings": run_findings,
     "doctor": run_doctor,
 }
 

@@ -595,3 +595,171 @@ def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
     )
     figure.alt = describe_maps(table, groups)
     return figure
+
+
+@plt.rc_context(STYLE)
+def gains(table: pd.DataFrame, title: str) -> Picture:
+    """Paired differences over seeds with their intervals, one line a pair of contestants.
+
+    Args:
+        table: columns "score", "corpus", "baseline", "contestant" (a key of `NAMES`, " tuned"
+            behind it or not), "difference", "low", "high", as of `findings.contrasts`.
+        title: what was run.
+    """
+    scores = list(dict.fromkeys(table["score"]))
+    corpora = list(dict.fromkeys(table["corpus"]))
+    pairs = list(dict.fromkeys(zip(table["contestant"], table["baseline"], strict=True)))
+    figure, axes = _axes(
+        len(scores), width=5.6, height=1.2 + 0.42 * len(pairs) * len(corpora) ** 0.5
+    )
+    for axis, score in zip(axes, scores, strict=True):
+        axis.axvline(0, color="0.4", lw=1)
+        for row in table[table["score"] == score].itertuples():
+            shift = corpora.index(row.corpus) - (len(corpora) - 1) / 2
+            key = row.contestant.split(" ")[0]
+            hollow = {"markerfacecolor": "white"} if row.contestant != key else {}
+            axis.errorbar(
+                row.difference,
+                pairs.index((row.contestant, row.baseline)) + 0.28 * shift,
+                xerr=[[row.difference - row.low], [row.high - row.difference]],
+                color=COLOURS[key],
+                marker=_MARKERS[key],
+                markersize=8,
+                capsize=4,
+                linestyle="-",
+                alpha=1 if row.corpus == corpora[0] else 0.55,
+                **hollow,
+            )
+        axis.set_yticks(range(len(pairs)), [f"{_named(a)} − {_named(b)}" for a, b in pairs])
+        axis.set_ylim(len(pairs) - 0.5, -0.5)
+        axis.set(title=score, xlabel="difference in Spearman × 100")
+    for axis in axes[1:]:
+        axis.set_yticklabels([])
+    figure.suptitle(title, size=10)
+    figure.alt = f"{title}. " + " ".join(
+        f"{row.score}, {row.corpus}, {_named(row.contestant)} minus {_named(row.baseline)}: "
+        f"{row.difference:+.2f}, interval {row.low:+.2f} to {row.high:+.2f}."
+        for row in table.itertuples()
+    )
+    return figure
+
+
+def _named(contestant: str) -> str:
+    key, _, rest = contestant.partition(" ")
+    return f"{NAMES[key]}, {rest}" if rest else NAMES[key]
+
+
+@plt.rc_context(STYLE)
+def surface(table: pd.DataFrame, title: str) -> Picture:
+    """Score over m and temperature: Focal-InfoNCE as a map, and its rows beside InfoNCE's curve.
+
+    Args:
+        table: columns "variant" (info_nce, focal_info_nce), "temperature", "m" (NaN for InfoNCE),
+            "score", as of `findings.means`.
+        title: what was run.
+    """
+    focal = table[table["variant"] == "focal_info_nce"]
+    plain = table[table["variant"] == "info_nce"].sort_values("temperature")
+    grid = focal.pivot_table(index="m", columns="temperature", values="score")
+    figure, (left, right) = _axes(2, width=5.4, height=4)
+    image = left.imshow(grid, cmap="cividis", aspect="auto", origin="lower")
+    dark = (grid.max(axis=None) + grid.min(axis=None)) / 2
+    for (y, x), value in np.ndenumerate(grid.to_numpy()):
+        colour = "white" if value < dark else "black"
+        left.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, size=9)
+    left.grid(visible=False)
+    left.set_xticks(range(len(grid.columns)), [f"{t:g}" for t in grid.columns])
+    left.set_yticks(range(len(grid.index)), [f"{m:g}" for m in grid.index])
+    left.set(xlabel="temperature τ", ylabel="m", title="Focal-InfoNCE")
+    figure.colorbar(image, ax=left, label="Spearman × 100")
+    for (m, rows), shade in zip(grid.iterrows(), np.linspace(0.35, 1, len(grid)), strict=True):
+        right.plot(grid.columns, rows, marker=".", alpha=shade, color=COLOURS["focal_info_nce"])
+        right.annotate(
+            f"m = {m:g}", (grid.columns[-1], rows.iloc[-1]), (4, 0), size=8,
+            textcoords="offset points", va="center",
+        )  # fmt: skip
+    right.plot(plain["temperature"], plain["score"], marker="o", **_line("info_nce"))
+    right.plot([], [], color=COLOURS["focal_info_nce"], label=NAMES["focal_info_nce"])
+    right.set_xscale("log")
+    ticks = sorted({*plain["temperature"], *grid.columns})
+    right.set_xticks(ticks[::2], [f"{t:g}" for t in ticks[::2]])
+    right.minorticks_off()
+    right.set(xlabel="temperature τ (log scale)", ylabel="Spearman × 100")
+    right.legend()
+    figure.suptitle(title, size=10)
+    best, top = (rows.loc[rows["score"].idxmax()] for rows in (focal, plain))
+    figure.alt = (
+        f"{title}. Focal-InfoNCE scores {focal['score'].min():.1f} to {best['score']:.1f}, best at "
+        f"temperature {best['temperature']:g} and m {best['m']:g}. InfoNCE scores "
+        f"{plain['score'].min():.1f} to {top['score']:.1f}, best at temperature "
+        f"{top['temperature']:g}."
+    )
+    return figure
+
+
+@plt.rc_context(STYLE)
+def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Picture:
+    """Score against one setting, a line a variant, with the span of the seeds.
+
+    Args:
+        table: columns "variant" (a key of `NAMES`), the setting, "score", "low", "high", as of
+            `findings.means`.
+        setting: the column; its axis is logarithmic.
+        xlabel: what to call it, with its unit.
+        title: what was run.
+    """
+    figure, (axes,) = _axes(width=6.4)
+    for variant, rows in _by(table, "variant"):
+        axes.plot(rows[setting], rows["score"], marker=_MARKERS[variant], **_line(variant))
+        axes.fill_between(
+            rows[setting], rows["low"], rows["high"], color=COLOURS[variant], alpha=0.12, lw=0
+        )
+    axes.set_xscale("log")
+    ticks = sorted(table[setting].unique())
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=xlabel, ylabel="Spearman × 100", title=title)
+    axes.title.set_size(10)
+    axes.legend()
+    figure.alt = f"{title}. " + " ".join(
+        f"{NAMES[variant]}: "
+        + ", ".join(f"{y:.1f} at {x:g}" for x, y in zip(rows[setting], rows["score"], strict=True))
+        + "."
+        for variant, rows in _by(table, "variant")
+    )
+    return figure
+
+
+ALONG = {
+    "effective_temperature": "effective temperature",
+    "hardest": "pull on the hardest tenth [%]",
+    "towards": "pull that draws closer [%]",
+    "same_article_pull": "pull on the same article [%]",
+}
+"""Columns of `findings.along_training` that `along_training` draws -> their labels."""
+
+
+@plt.rc_context(STYLE)
+def along_training(table: pd.DataFrame) -> Picture:
+    """What each loss does to the same batches as training goes on: a line a seed.
+
+    Args:
+        table: as of `findings.along_training`, for several runs.
+    """
+    figure, axes = _axes(len(ALONG), width=3.5, height=3.4)
+    said = []
+    for axis, (column, label) in zip(axes, ALONG.items(), strict=True):
+        factor = 100 if "%" in label else 1
+        for contestant, rows in _by(table, "contestant"):
+            by_step = factor * rows.pivot_table(index="step", columns="seed", values=column)
+            style = _line(contestant)
+            name = style.pop("label")
+            axis.plot(by_step, lw=1, alpha=0.5, **style)
+            mean = by_step.mean(axis=1)
+            axis.plot(mean, lw=2, marker=_MARKERS[contestant], label=name, **style)
+            said.append(f"{label}, {name}: {_ends(mean, '.3g')}.")
+        axis.set(xlabel="training step", ylabel=label)
+        axis.set_ylim(bottom=0)
+    axes[0].legend()
+    figure.alt = "Mean over seeds, from the first state to the last. " + " ".join(said)
+    return figure

@@ -192,6 +192,19 @@ def compare_seeds(a: Sequence[float], b: Sequence[float], confidence: float = 0.
     )
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values corrected for how many there are, so that any false alarm has the stated chance.
+
+    Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure": the smallest is
+    multiplied by their number, the next by one less, and so on; none falls below one before it.
+    """
+    x = np.asarray(p, dtype=float)
+    order = np.argsort(x, kind="stable")
+    adjusted = np.empty_like(x)
+    adjusted[order] = np.maximum.accumulate(x[order] * np.arange(len(x), 0, -1)).clip(max=1)
+    return adjusted.tolist()
+
+
 def seeds_needed(difference: float, sd: float, power: float = 0.8, confidence: float = 0.95) -> int:
     """Seeds for which a paired t test would see a true difference with probability `power`.
 

@@ -1,0 +1,306 @@
+"""What the rows of the study say: chosen settings, paired contrasts, surfaces, states on the way.
+
+The tables are those of the grids in figures/study/, one CSV beside each TOML file.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fcse import analysis, losses, plots
+from fcse.analysis import VARIANTS, batch_similarities
+from fcse.data import STS_TASKS, is_file, load_wiki_articles
+from fcse.errors import InputError, writing
+from fcse.statistics import compare_seeds, holm
+from fcse.training import TrainConfig, TrainResult, read_run
+
+DEV = "STSBenchmark-dev"
+"""What settings are chosen by."""
+TUNED = " tuned"
+"""Ends the name of a contestant whose temperature (and m) were chosen on the dev split."""
+PAIRS = (
+    *(("info_nce", variant) for variant in VARIANTS if variant != "info_nce"),
+    ("info_nce", "info_nce" + TUNED),
+    ("info_nce", "focal_info_nce" + TUNED),
+    ("info_nce" + TUNED, "focal_info_nce"),
+    ("info_nce" + TUNED, "focal_info_nce" + TUNED),
+)
+"""(baseline, contestant): what the study compares. The last two are the fair opponent's."""
+
+
+def read_study(path: Path) -> pd.DataFrame:
+    """A study's CSV with two columns more: "contestant", and "avg" where all STS tasks are there.
+
+    A contestant is a key of `analysis.VARIANTS`, with `TUNED` behind it where temperature or m
+    are not those of the paper.
+
+    Raises:
+        InputError: the file is not there, or is no such table.
+    """
+    try:
+        table = pd.read_csv(path)
+        tuned = (table["temperature"] != TrainConfig.temperature) | (
+            table["m"].notna() & (table["m"] != TrainConfig.m)
+        )
+        table["contestant"] = table["variant"].where(~tuned, table["variant"] + TUNED)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is no table of a study: {error}") from None
+    if set(STS_TASKS) <= set(table):
+        table["avg"] = table[list(STS_TASKS)].mean(axis=1)
+    return table
+
+
+def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.DataFrame:
+    """The setting of each variant whose mean over seeds is highest on the dev split.
+
+    Args:
+        table: from `read_study`.
+        settings: the columns that were searched, such as learning_rate.
+        by: the column of scores.
+
+    Returns:
+        One row a variant: "variant", the settings, `by` (the mean) and "seeds".
+    """
+    means = (
+        table.groupby(["variant", *settings], dropna=False)[by]
+        .agg(["mean", "count"])
+        .rename(columns={"mean": by, "count": "seeds"})
+        .reset_index()
+    )
+    best = means.loc[means.groupby("variant")[by].idxmax()]
+    return best.sort_values("variant", key=lambda v: v.map(list(VARIANTS).index), ignore_index=True)
+
+
+def contrasts(
+    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], scores: Sequence[str] = ("avg", "Lee")
+) -> pd.DataFrame:
+    """Contestants against each other, paired over seeds, corrected for the number of comparisons.
+
+    Args:
+        table: from `read_study`, with one row a contestant, corpus and seed.
+        pairs: (baseline, contestant) each.
+        scores: columns of scores; the comparisons of one score on one corpus are a family.
+
+    Returns:
+        One row a score, corpus and pair: "score", "corpus", "baseline", "contestant", "seeds",
+        "mean" (of the contestant), "difference" (contestant - baseline, points of 100 x
+        Spearman), "low", "high" (95 % interval of one comparison), "effect" (the difference in
+        standard deviations of the paired differences, Cohen's d_z), "p" (paired t test) and
+        "p_holm".
+
+    Raises:
+        InputError: a contestant without two seeds in common with its baseline.
+    """
+    rows = []
+    for (score, corpus), family in (
+        ((score, corpus), rows) for score in scores for corpus, rows in table.groupby("corpus")
+    ):
+        by_seed = family.pivot_table(index="seed", columns="contestant", values=score)
+        found = []
+        for baseline, contestant in pairs:
+            if not {baseline, contestant} <= set(by_seed):
+                continue
+            both = by_seed[[baseline, contestant]].dropna()
+            result = compare_seeds(both[baseline], both[contestant])
+            differences = both[contestant] - both[baseline]
+            found.append(
+                {
+                    "score": score,
+                    "corpus": corpus,
+                    "baseline": baseline,
+                    "contestant": contestant,
+                    "seeds": result.n,
+                    "mean": both[contestant].mean(),
+                    "difference": result.difference,
+                    "low": result.low,
+                    "high": result.high,
+                    "effect": result.difference / differences.std(),
+                    "p": result.p,
+                }
+            )
+        adjusted = holm([row["p"] for row in found])
+        rows += [row | {"p_holm": p} for row, p in zip(found, adjusted, strict=True)]
+    return pd.DataFrame(rows)
+
+
+def means(table: pd.DataFrame, settings: Sequence[str], score: str = DEV) -> pd.DataFrame:
+    """Mean of a score over seeds for each variant and setting.
+
+    Returns:
+        Columns "variant", the settings (NaN where a variant does not read one), "score",
+        "low", "high" (the lowest and the highest seed), "seeds".
+    """
+    grouped = table.groupby(["variant", *settings], dropna=False)[score]
+    found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
+    return found.sort_values(
+        ["variant", *settings], key=lambda x: x.map(_order) if x.name == "variant" else x
+    ).reset_index(drop=True)
+
+
+def _order(variant: str) -> int:
+    return list(VARIANTS).index(variant)
+
+
+def random_batches(count: int = 8, size: int = 64, seed: int = 0) -> list[tuple[list[str], ...]]:
+    """Batches as training draws them from the packaged corpus, with the article of each sentence.
+
+    Returns:
+        `count` times (sentences, titles), `size` each.
+    """
+    known = [(s, title) for title, article in load_wiki_articles().items() for s in article]
+    rows = np.random.default_rng(seed).permutation(len(known))[: count * size]
+    return [
+        tuple(map(list, zip(*(known[i] for i in part), strict=True)))
+        for part in rows.reshape(count, size)
+    ]
+
+
+def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -> pd.DataFrame:
+    """What a run's own loss does to fixed batches in each state whose weights there are.
+
+    Args:
+        run: with checkpoints; any more states make the path finer.
+        batches: from `random_batches`.
+
+    Returns:
+        One row a state, each number a mean over batches: "contestant", "seed", "step", and the
+        columns of `state`.
+    """
+    config = run.config
+    rows = []
+    for step in run.steps:
+        encoder = run.encoder_at(step)
+        measured = [
+            state(
+                batch_similarities(encoder, sentences, config.max_length, config.seed),
+                titles,
+                {"temperature": config.temperature, "m": config.m, **VARIANTS[config.key]},
+            )
+            for sentences, titles in batches
+        ]
+        mean = pd.DataFrame(measured).mean().to_dict()
+        rows.append({"contestant": config.key, "seed": config.seed, "step": step} | mean)
+    return pd.DataFrame(rows)
+
+
+def state(sim: Tensor, titles: Sequence[str], loss: Mapping[str, object]) -> dict[str, float]:
+    """How a loss acts on a batch, in numbers.
+
+    Args:
+        sim: (N, N) float, positives on the diagonal.
+        titles: N labels, such as the article of each sentence.
+        loss: as in `losses.gradient_weights`.
+
+    Returns:
+        effective_temperature: tau over the slope of the logits, which is 1 for InfoNCE and 2 s + m
+        for modulated negatives, averaged over the negatives by their softmax weight. hardest: the
+        share of the absolute pull on negatives that the hardest tenth gets; hardest_plain: the
+        same under InfoNCE at that temperature. below: the share of negatives below the resting
+        point -m/2; towards: the share of the absolute pull that draws negatives closer.
+        same_article: the share of the hardest tenth that is of its anchor's own article;
+        same_article_pull: the share of the absolute pull on negatives that these take.
+    """
+    negatives = ~np.eye(len(sim), dtype=bool)
+    s = sim.numpy()[negatives]
+    pull = len(sim) * losses.gradient_weights(sim, **loss).numpy()[negatives]
+    plain = (
+        len(sim)
+        * losses.gradient_weights(sim, **dict(loss) | {"objective": "info_nce"}).numpy()[negatives]
+    )
+    p = losses.logits(sim, **analysis.logit_arguments(**loss)).softmax(dim=1).numpy()[negatives]
+    same = np.equal.outer(np.asarray(titles), np.asarray(titles))[negatives]
+    hardest = np.argsort(-s, kind="stable")[: len(s) // 10]
+    resting = analysis.resting_point(**loss)
+    return {
+        "effective_temperature": float(p.sum() / pull.sum()),
+        "hardest": float(np.abs(pull[hardest]).sum() / np.abs(pull).sum()),
+        "hardest_plain": float(plain[hardest].sum() / plain.sum()),
+        "below": float((s < (-np.inf if resting is None else resting)).mean()),
+        "towards": float(-pull[pull < 0].sum() / np.abs(pull).sum()),
+        "same_article": float(same[hardest].mean()),
+        "same_article_pull": float(np.abs(pull[same]).sum() / np.abs(pull).sum()),
+    }
+
+
+def take_over(folder: Path, runs: Path) -> None:
+    """Renew the study's tables from what its grids left behind.
+
+    Args:
+        folder: with the grids' TOML files; NAME.csv is written beside NAME.toml.
+        runs: NAME/results.csv is taken where it is there; where NAME/runs holds weights of states
+            along training, `along_training` measures them.
+
+    Raises:
+        InputError: no grid of those names is there, or a table cannot be written.
+    """
+    names = [path.stem for path in sorted(folder.glob("*.toml"))]
+    known = [name for name in names if is_file(runs / name / "results.csv")]
+    if not known:
+        raise InputError(f"{runs} holds none of the grids {', '.join(names)}: run fcse study first")
+    for name in known:
+        with writing(f"table of {name}"):
+            shutil.copyfile(runs / name / "results.csv", folder / f"{name}.csv")
+    if "states" in known:
+        batches = random_batches()
+        folders = sorted(path.parent for path in (runs / "states/runs").glob("*/checkpoints"))
+        measured = [along_training(read_run(path), batches) for path in tqdm(folders, unit="run")]
+        table = pd.concat(measured).sort_values(["contestant", "seed", "step"], ignore_index=True)
+        with writing("table along training"):
+            table.to_csv(folder / "along_training.csv", index=False, float_format="%.6g")
+
+
+def draw(folder: Path) -> dict[str, pd.DataFrame]:
+    """Draw the study's figures from its tables, each beside the numbers in it.
+
+    Args:
+        folder: holds learning_rate.csv, surface.csv, batch_size.csv, comparison.csv and
+            along_training.csv; what is not there is left out.
+
+    Returns:
+        Name -> table: "chosen", "surface", "batch_size", "contrasts", "along_training".
+
+    Raises:
+        InputError: none of them is there, a table that is none of a study, or a figure that cannot
+            be written.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    if is_file(folder / "learning_rate.csv"):
+        rates = read_study(folder / "learning_rate.csv")
+        found["chosen"] = chosen(rates, ["learning_rate"])
+        table = means(rates, ["learning_rate"])
+        title = f"{_what(rates)}, {DEV}: mean and span of seeds"
+        picture = plots.by_setting(table, "learning_rate", "peak learning rate", title)
+        plots.save(picture, table, folder / "by_learning_rate")
+    if is_file(folder / "surface.csv"):
+        rows = read_study(folder / "surface.csv")
+        found["surface"] = table = means(rows, ["temperature", "m"])
+        title = f"{_what(rows)}, {DEV}: mean over seeds"
+        plots.save(plots.surface(table, title), table, folder / "score_surface")
+    if is_file(folder / "batch_size.csv"):
+        rows = read_study(folder / "batch_size.csv")
+        found["batch_size"] = table = means(rows, ["batch_size"])
+        title = f"{_what(rows)}, {DEV}: mean and span of seeds"
+        picture = plots.by_setting(table, "batch_size", "batch size [sentences]", title)
+        plots.save(picture, table, folder / "by_batch_size")
+    if is_file(folder / "comparison.csv"):
+        rows = read_study(folder / "comparison.csv")
+        found["contrasts"] = table = contrasts(rows, PAIRS)
+        title = f"{_what(rows)}: paired over seeds, 95 % intervals"
+        plots.save(plots.gains(table, title), table, folder / "gains")
+    if is_file(folder / "along_training.csv"):
+        found["along_training"] = table = pd.read_csv(folder / "along_training.csv")
+        plots.save(plots.along_training(table), table, folder / "along_training")
+    if not found:
+        raise InputError(f"{folder} holds no table of a study: run one of its grids first")
+    return found
+
+
+def _what(rows: pd.DataFrame) -> str:
+    """Encoder and amount of training that all rows share, in words."""
+    sentences = (rows["steps"] * rows["batch_size"]).max()
+    return f"{rows['encoder'].iloc[0]}, {sentences:,} sentences a run"
