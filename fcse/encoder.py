@@ -153,7 +153,7 @@ class SentenceEncoder(nn.Module):
             padding=False,
         )["input_ids"]
 
-    def pool(self, features: dict[str, Tensor]) -> Tensor:
+    def pool(self, features: dict[str, Tensor], layers: int = 0) -> Tensor:
         """One pass of the backbone over a padded batch, pooled; no head.
 
         cls: the first token's last hidden state. mean: mean over tokens of the last layer.
@@ -162,43 +162,80 @@ class SentenceEncoder(nn.Module):
 
         Args:
             features: the backbone's inputs; `attention_mask` is (n, L) with 1 on text.
+            layers: how many layers below the last are pooled too, each by itself: its first token
+                for cls, else its mean over tokens.
 
         Returns:
-            (n, D) float, in the backbone's dtype.
+            (n, D) float, in the backbone's dtype; with layers (n, 1 + layers, D), from the last
+            layer down.
         """
+        mask = features["attention_mask"].unsqueeze(-1)
+
+        def mean(tokens: Tensor) -> Tensor:
+            return (tokens * mask.to(tokens.dtype)).sum(1) / mask.sum(1)
+
         if self.pooling == "cls":
             with speed.first_token_only(self.backbone):
-                return self.backbone(**features).last_hidden_state[:, 0]
-        two_layers = self.pooling != "mean"
-        output = self.backbone(**features, output_hidden_states=two_layers)
-        tokens = output.last_hidden_state
-        if two_layers:
-            other, _ = layers_read(self.pooling, self.backbone.config.num_hidden_layers)
-            tokens = (tokens + output.hidden_states[other]) / 2
-        mask = features["attention_mask"].unsqueeze(-1).to(tokens.dtype)
-        return (tokens * mask).sum(1) / mask.sum(1)
+                output = self.backbone(**features, output_hidden_states=layers > 0)
+            pooled = output.last_hidden_state[:, 0]
+        else:
+            two_layers = self.pooling != "mean"
+            output = self.backbone(**features, output_hidden_states=two_layers or layers > 0)
+            tokens = output.last_hidden_state
+            if two_layers:
+                other, _ = layers_read(self.pooling, self.backbone.config.num_hidden_layers)
+                tokens = (tokens + output.hidden_states[other]) / 2
+            pooled = mean(tokens)
+        if not layers:
+            return pooled
+        below = output.hidden_states[-2 : -2 - layers : -1]
+        vectors = [x[:, 0] if self.pooling == "cls" else mean(x) for x in below]
+        return torch.stack([pooled, *vectors], dim=1)
 
-    def forward(self, token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        second: Sequence[Sequence[int]] | None = None,
+        layers: int = 0,
+    ) -> tuple[Tensor, ...]:
         """Two views of every sentence for the loss: each sentence runs twice, side by side.
 
         In training mode the views differ by their dropout masks (Gao et al. 2021, section 3).
 
         Args:
             token_ids: N sentences, from `tokenize`.
+            second: N sentences, where the second view is to be of other tokens.
+            layers: how many layers below the last come along, see `pool`.
 
         Returns:
-            u, v: (N, D) float each, after the head.
+            u, v: (N, D) float each, after the head; with layers a third, (N, 2 * layers, D): both
+            views' vectors of those layers, after the same head.
         """
+        if second is None:
+            views = self._views(token_ids, 2, layers)
+        else:
+            views = torch.cat([self._views(x, 1, layers) for x in (token_ids, second)], dim=1)
+        if not layers:
+            u, v = views.unbind(1)
+            return u, v
+        u, v = views[:, :, 0].unbind(1)
+        return u, v, views[:, :, 1:].flatten(1, 2)
+
+    def view(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """One view of every sentence, as `forward` makes two: (N, D) float, after the head."""
+        return self._views(token_ids, 1, 0).squeeze(1)
+
+    def _views(self, token_ids: Sequence[Sequence[int]], copies: int, layers: int) -> Tensor:
+        """(N, copies, D) float after the head; with layers (N, copies, 1 + layers, D)."""
         order: list[int] = []
         pooled = []
         embedding = self.backbone.get_input_embeddings()
         for rows, features in speed.length_groups(token_ids, embedding, self.device):
-            twice = {name: torch.cat([x, x]) for name, x in features.items()}
+            repeated = {name: torch.cat([x] * copies) for name, x in features.items()}
             order += rows
-            pooled.append(torch.stack(self.pool(twice).chunk(2), dim=1))
+            pooled.append(torch.stack(self.pool(repeated, layers).chunk(copies), dim=1))
         views = torch.cat(pooled)[torch.tensor(order, device=self.device).argsort()]
-        u, v = (self.head(views) if self.pooling == "cls" else views).unbind(1)
-        return u, v
+        return self.head(views) if self.pooling == "cls" else views
 
     @torch.inference_mode()
     def encode(

@@ -1,18 +1,19 @@
 """Gradient caching: a batch of any size in the memory of a micro-batch."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-TokenIds = Sequence[Sequence[int]]
+Item = TypeVar("Item")
 
 
 def backward(
-    views: Callable[[TokenIds], tuple[Tensor, Tensor]],
-    token_ids: TokenIds,
+    views: Callable[[Sequence[Item]], tuple[Tensor, ...]],
+    items: Sequence[Item],
     micro_batch_size: int,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Callable[..., Tensor],
 ) -> Tensor:
     """Compute the loss of a whole batch and add its gradients to the parameters.
 
@@ -22,21 +23,21 @@ def backward(
     Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983).
 
     Args:
-        views: token ids of n sentences -> two views (n, D) each, see `SentenceEncoder.forward`.
-        token_ids: N sentences.
-        micro_batch_size: sentences whose graph is held at a time; from N on there is one pass.
-        loss_of: u, v (N, D) -> loss ().
+        views: n items -> tensors (n, ...), row i from item i alone; such as
+            `SentenceEncoder.forward`, which makes two views (n, D) of token ids.
+        items: N of them, one a sentence.
+        micro_batch_size: items whose graph is held at a time; from N on there is one pass.
+        loss_of: those tensors with N rows each -> loss (); it reads every one of them.
 
     Returns:
         () float, detached.
     """
-    if micro_batch_size >= len(token_ids):
-        loss = loss_of(*views(token_ids))
+    if micro_batch_size >= len(items):
+        loss = loss_of(*views(items))
         loss.backward()
         return loss.detach()
     parts = [
-        token_ids[start : start + micro_batch_size]
-        for start in range(0, len(token_ids), micro_batch_size)
+        items[start : start + micro_batch_size] for start in range(0, len(items), micro_batch_size)
     ]
     states = []
     embedded = []
@@ -45,14 +46,13 @@ def backward(
             states.append(random_state())
             embedded.append(views(part))
     after = random_state()
-    u, v = (torch.cat(view).requires_grad_() for view in zip(*embedded, strict=True))
-    loss = loss_of(u, v)
+    whole = [torch.cat(rows).requires_grad_() for rows in zip(*embedded, strict=True)]
+    loss = loss_of(*whole)
     loss.backward()
-    for part, state, *gradients in zip(
-        parts, states, u.grad.split(micro_batch_size), v.grad.split(micro_batch_size), strict=True
-    ):
+    gradients = zip(*(x.grad.split(micro_batch_size) for x in whole), strict=True)
+    for part, state, given in zip(parts, states, gradients, strict=True):
         set_random_state(state)
-        torch.autograd.backward(views(part), gradients)
+        torch.autograd.backward(views(part), given)
     set_random_state(after)
     return loss.detach()
 
