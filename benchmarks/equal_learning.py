@@ -25,9 +25,10 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 from torch import nn
 from tqdm import tqdm
 
+from fcse.config import TrainConfig
 from fcse.data import MINILM, load_corpus
 from fcse.encoder import SentenceEncoder
-from fcse.training import TrainConfig, judged_pairs, score, train
+from fcse.training import judged_pairs, score, train
 
 CONFIG = TrainConfig(objective="info_nce", mask_duplicates=False)
 PEER = "sentence-transformers"
