@@ -1,0 +1,1 @@
+"""Objectives of other papers, each in a room of its own."""
