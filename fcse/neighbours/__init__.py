@@ -1,1 +1,1 @@
-"""Views and negatives that look beyond the batch: CARDS' retrieval and case, IFND's clusters."""
+"""Six neighbours of Focal-InfoNCE: what each changes beside the logits, in a room of its own."""
