@@ -2,15 +2,16 @@
 
 Every function takes `sim`, an (N, M) matrix of cosine similarities with M >= N: row i is the
 anchor u_i, column j < N is the view v_j of sentence j, so positives lie on the diagonal; columns
-from N on are further negatives. `chunked_loss` alone takes the embeddings, for batches whose
-matrix does not fit in memory. Half precision is computed in float32, float64 stays float64.
+from N on are further negatives. Two take the embeddings: `chunked_loss`, for batches whose matrix
+does not fit in memory, and `core_tuning`, which mixes them. Half precision is computed in float32,
+float64 stays float64.
 
 Sources: InfoNCE as in SimCSE (Gao et al. 2021, equation 4); Focal-InfoNCE as in Hou & Li 2023
 (arXiv 2310.06918, section 3) and their code: gradients flow through the modulation; the
 hardness-weighted softmax as in Lan et al. 2025 (arXiv 2503.04812, equation 5); the adaptive
-angular margin as in KDMCSE (Nguyen et al. 2024, arXiv 2403.17486) and the focal weight as in
-Core-tuning (Zhang et al. 2021, arXiv 2102.06605), each with their code; the elimination of false
-negatives as in Chen et al. 2021 (arXiv 2106.03719).
+angular margin as in KDMCSE (Nguyen et al. 2024, arXiv 2403.17486) and the focal weight and mixed
+pairs as in Core-tuning (Zhang et al. 2021, arXiv 2102.06605), each with their code; the
+elimination of false negatives as in Chen et al. 2021 (arXiv 2106.03719).
 """
 
 import math
@@ -26,6 +27,9 @@ Modulate = Literal["both", "positive", "negative", "none"]
 
 ALPHA = 9.0
 """The hardness weight of Lan et al. 2025."""
+
+MIN_NEGATIVE_WEIGHT = 0.8
+"""The least share of the drawn negative in a mixed one, as in the code of Core-tuning."""
 
 CHUNK_ENTRIES = 2**22
 """Entries of the similarity matrix that `chunked_loss` holds at a time: 16 MiB of float32, of
@@ -491,3 +495,136 @@ def chunked_loss(
         chunk_size = chunk_size or max(1, CHUNK_ENTRIES // len(v))
         theirs = _unit_teacher(teacher, u, v) if margin and teacher is not None else None
         return _LossInChunks.apply(u, v, chunk_size, theirs, arguments)
+
+
+def _mix(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
+    weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
+    if weight.shape not in ((), (len(a),)):
+        raise ValueError(f"a mixing weight must be ({len(a)},), got {tuple(weight.shape)}")
+    weight = weight.reshape(-1, 1)
+    return F.normalize(weight * a + (1 - weight) * b, dim=1)
+
+
+def mixed_pairs(
+    u: Tensor,
+    v: Tensor,
+    positive_weight: Tensor | float = 1.0,
+    negative_weight: Tensor | float | None = None,
+    negative_columns: Tensor | None = None,
+    sentence_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A harder positive and a harder negative for each anchor (Core-tuning, Zhang et al. 2021).
+
+    The positive is lam v_i + (1 - lam) v_j, j the hardest negative of anchor i, that is the one
+    with the largest s_ij; the negative is lam v_k + (1 - lam) u_i, k a negative that the caller
+    draws. Gradients flow through both parts of a mixture. The authors' code mixes the features of
+    the encoder, ahead of the projection; this mixes unit embeddings.
+
+    Args:
+        u: (N, D) float, the anchors.
+        v: (M, D) float, M >= N, as in `chunked_loss`.
+        positive_weight: (N,) float or one number, in [0, 1]: the share lam of v_i. Authors: drawn
+            from Beta(1, 1). 1 mixes nothing in.
+        negative_weight: (N,) float or one number, in [0, 1]: the share lam of v_k. Authors: drawn
+            from Beta(1, 1); below `MIN_NEGATIVE_WEIGHT` it is raised to it, as they do. None: no
+            harder negative.
+        negative_columns: (N,) int64, the column k of each anchor.
+        sentence_ids: (M,) or (G, M) int64, as in `logits`: a false negative is never the hardest.
+            An anchor without any true negative keeps v_i.
+
+    Returns:
+        (N, D) float32 (float64 for float64 inputs) unit vectors, the positives; the same, or None,
+        the negatives.
+
+    Raises:
+        ValueError: a tensor has another shape, or a negative weight has no columns.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        u, v = _unit_views(u, v)
+        sim = u.detach() @ v.detach().T
+    positives = _positives(sim, 0)
+    if sentence_ids is not None:
+        sim = sim.masked_fill(_repeats(sentence_ids, positives, 0), -math.inf)
+    # No cosine is as low as -2: the positive is taken where no true negative is left.
+    hardest = sim.masked_fill(positives, -2).argmax(dim=1)
+    positive = _mix(v[: len(u)], v[hardest], positive_weight)
+    if negative_weight is None:
+        return positive, None
+    if negative_columns is None or negative_columns.shape != (len(u),):
+        raise ValueError(f"a negative weight needs negative_columns, ({len(u)},) int64")
+    share = torch.as_tensor(negative_weight).clamp_min(MIN_NEGATIVE_WEIGHT)
+    return positive, _mix(v[negative_columns], u, share)
+
+
+def core_tuning(
+    u: Tensor,
+    v: Tensor,
+    positive_weight: Tensor | float = 1.0,
+    negative_weight: Tensor | float | None = None,
+    negative_columns: Tensor | None = None,
+    objective: Objective = "focal_info_nce",
+    temperature: float = 0.05,
+    m: float = 0.3,
+    modulate: Modulate = "both",
+    stop_gradient: bool = False,
+    alpha: float = ALPHA,
+    sentence_ids: Tensor | None = None,
+    *,
+    margin: float = 0.0,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    focal_weight: bool = False,
+) -> Tensor:
+    """The loss with the `mixed_pairs` of Core-tuning, on the whole matrix.
+
+    The mean of two losses: the usual one, and that with the harder positive in place of v_i. In
+    both the harder negative of an anchor is one more logit of its row, of its row alone; where
+    the drawn column is a false negative or the anchor's own it is left out. With the default
+    weights nothing is mixed and the loss is `loss`, up to rounding. The authors' code keeps such
+    draws, and counts the mixed vectors as further anchors of a supervised contrastive loss; here
+    they are candidates only.
+
+    Args:
+        u, v, positive_weight, negative_weight, negative_columns: as in `mixed_pairs`.
+        objective, temperature, m, modulate, stop_gradient, alpha: as in `gradient_weights`.
+        sentence_ids: (M,) or (G, M) int64, as in `logits`.
+        margin, teacher: as in `chunked_loss`; a harder negative has the teacher's similarity of
+            the sentence that was drawn.
+        focal_weight: as in `loss`; Core-tuning has it on.
+
+    Returns:
+        () float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: as in `chunked_loss` and `mixed_pairs`.
+    """
+    modulate = effective_modulation(objective, modulate)
+    alpha = effective_alpha(objective, alpha)
+    with torch.autocast(u.device.type, enabled=False):
+        u, v = _unit_views(u, v)
+        sim = u @ v.T
+        theirs = None
+        if margin and teacher is not None:
+            anchors, columns = _unit_teacher(teacher, u, v)
+            theirs = anchors @ columns.T
+    positives = _positives(sim, 0)
+    false = torch.zeros_like(positives)
+    if sentence_ids is not None:
+        false = _repeats(sentence_ids, positives, 0)
+    positive, negative = mixed_pairs(
+        u, v, positive_weight, negative_weight, negative_columns, sentence_ids
+    )
+    if negative is not None:
+        drawn = negative_columns[:, None]
+        false = torch.cat([false, (false | positives).gather(1, drawn)], dim=1)
+        sim = torch.cat([sim, (u * negative).sum(dim=1, keepdim=True)], dim=1)
+        if theirs is not None:
+            theirs = torch.cat([theirs, theirs.gather(1, drawn)], dim=1)
+    harder = torch.where(_positives(sim, 0), (u * positive).sum(dim=1, keepdim=True), sim)
+
+    def value(sim: Tensor) -> Tensor:
+        rows = logits(
+            sim, temperature, m, modulate, stop_gradient, alpha, margin=margin, teacher=theirs
+        )
+        return _cross_entropy(rows.masked_fill(false, -math.inf), focal_weight=focal_weight)
+
+    return (value(sim) + value(harder)) / 2
