@@ -21,6 +21,13 @@ OBJECTIVES = {
 }
 
 
+EXTENSIONS = {
+    "margin": {"margin": 0.4},
+    "focal weight": {"focal_weight": True},
+    "both": {"margin": 0.4, "focal_weight": True},
+}
+
+
 def embeddings(rows, columns, seed=0, dtype=torch.float64):
     """Views of a few sentences with a zero vector and an opposite pair, and ids with repeats."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,6 +72,100 @@ def test_chunks_equal_the_whole(arguments, repeats, rows, columns):
 def test_chunks_equal_the_whole_in_float32(arguments):
     u, v, ids = embeddings(40, 53, dtype=torch.float32)
     compare(u, v, 9, sentence_ids=ids, rtol=2e-5, atol=2e-5, **arguments)
+
+
+def teachers(rows, columns, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (rows, columns)
+    )
+
+
+def numberings(columns, seed=6):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(max(2, columns // 2), (2, columns), generator=generator)
+
+
+@pytest.mark.parametrize("arguments", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("options", EXTENSIONS.values(), ids=EXTENSIONS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 7), (7, 12)])
+def test_extended_chunks_equal_the_whole(arguments, options, rows, columns):
+    u, v, _ = embeddings(rows, columns)
+    pair = teachers(rows, columns)
+    arguments = {**arguments, **options, "sentence_ids": numberings(columns)}
+    whole = value_and_gradients(
+        lambda a, b: loss(similarity_matrix(a, b), teacher=similarity_matrix(*pair), **arguments),
+        u,
+        v,
+        2.5,
+    )
+    for chunk_size in (1, 3, None):
+        chunked = value_and_gradients(
+            lambda a, b, n=chunk_size: chunked_loss(a, b, teacher=pair, chunk_size=n, **arguments),
+            u,
+            v,
+            2.5,
+        )
+        torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_extended_blocks_of_rows_are_those_of_the_matrix(stopped):
+    u, v, _ = embeddings(7, 12)
+    sim, teacher = similarity_matrix(u, v).detach(), similarity_matrix(*teachers(7, 12))
+    arguments = {"stop_gradient": stopped, "sentence_ids": numberings(12), "margin": 0.4}
+    blocks = [(0, 3), (3, 6), (6, 7)]
+    for function in (loss, gradient_weights):
+        whole = function(sim, **arguments, teacher=teacher, focal_weight=True)
+        parts = [
+            (b - a)
+            / 7
+            * function(sim[a:b], **arguments, teacher=teacher[a:b], focal_weight=True, first=a)
+            for a, b in blocks
+        ]
+        joined = sum(parts) if function is loss else torch.cat(parts)
+        torch.testing.assert_close(joined, whole)
+
+
+def test_options_that_are_off_change_no_bit():
+    u, v, ids = embeddings(7, 12, dtype=torch.float32)
+    default = value_and_gradients(lambda a, b: chunked_loss(a, b, sentence_ids=ids), u, v)
+    off = value_and_gradients(
+        lambda a, b: chunked_loss(
+            a, b, sentence_ids=ids[None], margin=0.0, teacher=teachers(7, 12), focal_weight=False
+        ),
+        u,
+        v,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(off, default, strict=True))
+
+
+def test_gradcheck_of_the_extensions():
+    u, v, _ = embeddings(5, 8, seed=1)
+    v.data[4] = 1.0  # a zero vector has no derivative
+    options = {"margin": 0.3, "teacher": teachers(5, 8), "focal_weight": True}
+    assert torch.autograd.gradcheck(
+        lambda a, b: chunked_loss(
+            a, b, temperature=0.2, sentence_ids=numberings(8), chunk_size=2, **options
+        ),
+        [u, v],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_of_the_teacher_too(dtype):
+    u, v, _ = embeddings(5, 8, dtype=dtype)
+    v.data[4] = 1.0  # the slope at a zero vector is beyond half precision
+    pair = tuple(x.to(dtype).requires_grad_() for x in teachers(5, 8))
+    value, du, dv = value_and_gradients(
+        lambda a, b: chunked_loss(a, b, margin=0.3, teacher=pair, chunk_size=2), u, v
+    )
+    assert value.dtype == torch.float32
+    assert du.dtype == dv.dtype == dtype
+    assert du.isfinite().all() and dv.isfinite().all()
+    expected = loss(similarity_matrix(u, v), margin=0.3, teacher=similarity_matrix(*pair))
+    torch.testing.assert_close(value, expected)
+    assert pair[0].grad is None
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -170,6 +271,11 @@ def test_the_matrix_is_never_whole():
     with LargestTensor() as chunked:
         chunked_loss(u, v, sentence_ids=ids, chunk_size=4).backward()
     assert chunked.entries == max(4 * 96, v.numel())
+    with LargestTensor() as extended:
+        chunked_loss(
+            u, v, chunk_size=4, margin=0.3, teacher=teachers(80, 96), focal_weight=True
+        ).backward()
+    assert extended.entries == chunked.entries
 
 
 @pytest.mark.parametrize(
@@ -197,6 +303,12 @@ def test_shapes_that_are_no_batch_are_refused(rows, columns, match):
         ({"modulate": "neither"}, "modulate"),
         ({"objective": "hardness_info_nce", "alpha": -1.0}, "alpha"),
         ({"sentence_ids": torch.zeros(4, dtype=torch.int64)}, r"sentence_ids must be \(3,\)"),
+        ({"sentence_ids": torch.zeros(2, 4, dtype=torch.int64)}, r"or \(G, 3\)"),
+        ({"margin": 2.0}, "margin must be"),
+        ({"margin": 0.1}, "needs a teacher"),
+        ({"margin": 0.1, "teacher": (torch.eye(3), torch.eye(4))}, "teacher must hold"),
+        ({"margin": 0.1, "teacher": (torch.eye(4), torch.eye(4)[:3])}, "teacher must hold"),
+        ({"margin": 0.1, "teacher": (torch.zeros(3, 2), torch.zeros(3, 4))}, "teacher must hold"),
     ],
 )
 def test_bad_arguments_are_refused(argument, match):

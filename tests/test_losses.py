@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fcse.losses import (
     check_parameters,
@@ -433,4 +435,260 @@ def test_ids_that_are_not_one_a_column_are_refused(shape):
     sim, ids = torch.zeros(6, 11), torch.zeros(shape, dtype=torch.int64)
     for function in (logits, loss, gradient_weights):
         with pytest.raises(ValueError, match=r"sentence_ids must be \(11,\)"):
+            function(sim, sentence_ids=ids)
+
+
+def by_hand(s, objective, temperature, m, modulate, alpha, groups, margin, teacher, focal_weight):
+    """The loss entry by entry, the margin through the angle itself."""
+    focal = objective == "focal_info_nce"
+    total = 0.0
+    for i in range(len(s)):
+        logit = {}
+        for j in range(s.shape[1]):
+            if j != i and any(ids[j] == ids[i] for ids in groups):
+                continue
+            x, shift, part = s[i, j], m, "negative"
+            if j == i:
+                shift, part = 0.0, "positive"
+            elif np.arccos(x) > margin:
+                x = np.cos(np.arccos(x) - (1 - teacher[i, j]) * margin)
+            if focal and modulate in ("both", part):
+                x *= x + shift
+            logit[j] = x / temperature
+            if objective == "hardness_info_nce" and j != i:
+                logit[j] += alpha * s[i, j]
+        top = max(logit.values())
+        log_p = logit[i] - top - np.log(sum(np.exp(x - top) for x in logit.values()))
+        total -= (1 - np.exp(log_p)) * log_p if focal_weight else log_p
+    return total / len(s)
+
+
+GROUPS = {
+    "none": torch.arange(11)[None],
+    "one": torch.tensor([[0, 1, 2, 1, 4, 5, 0, 0, 5, 9, 9]]),
+    "two": torch.tensor([[0, 1, 2, 1, 4, 5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 5, 5, 8, 1, 2, 7]]),
+}
+TEACHER = torch.tensor(similarities(6, 11, seed=20))
+FUNCTIONS = (loss, gradient_weights)
+EXTENSIONS = [(0.0, False), (0.0, True), (0.05, False), (0.8, True), (1.5, False)]
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize(("margin", "focal_weight"), EXTENSIONS)
+@pytest.mark.parametrize("alpha", [0.0, 9.0])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("modulate", MODULATES)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_extensions_equal_the_formulas_and_autograd(
+    groups, margin, focal_weight, alpha, objective, modulate, stopped
+):
+    sim = torch.tensor(similarities(6, 11, seed=21), requires_grad=True)
+    options = {"margin": margin, "teacher": TEACHER, "focal_weight": focal_weight}
+    arguments = (objective, 0.2, 0.3, modulate, stopped, alpha, groups)
+    value = loss(sim, *arguments, **options)
+    expected = by_hand(
+        sim.detach().numpy(),
+        objective,
+        0.2,
+        0.3,
+        modulate,
+        alpha,
+        groups.tolist(),
+        margin,
+        TEACHER.numpy(),
+        focal_weight,
+    )
+    assert value.item() == pytest.approx(expected, rel=1e-11, abs=1e-12)
+    (autograd,) = torch.autograd.grad(value, sim)
+    closed = gradient_weights(sim.detach(), *arguments, **options)
+    torch.testing.assert_close(closed, autograd, rtol=1e-10, atol=1e-13)
+
+
+def test_one_numbering_is_that_of_a_vector():
+    sim, ids = torch.tensor(similarities(6, 11)), GROUPS["one"][0]
+    for function in (logits, loss, gradient_weights):
+        one = function(sim, sentence_ids=ids[None])
+        assert torch.equal(one, function(sim, sentence_ids=ids))
+
+
+def test_numberings_eliminate_the_pairs_of_each():
+    sim, ids = torch.tensor(similarities(6, 11)), GROUPS["two"]
+    gone = [logits(sim, sentence_ids=x) == -torch.inf for x in (ids, *ids)]
+    assert torch.equal(gone[0], gone[1] | gone[2])
+    assert gone[1].any() and gone[2].any() and not torch.equal(gone[1], gone[2])
+    assert (gradient_weights(sim, sentence_ids=ids)[gone[0]] == 0).all()
+
+
+class Operations(TorchDispatchMode):
+    """Writes down the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_options_that_are_off_change_no_bit_and_cost_no_operation(dtype):
+    sim = torch.tensor(similarities(6, 11)).to(dtype).requires_grad_()
+    off = {"margin": 0.0, "teacher": TEACHER, "focal_weight": False}
+    s, target, positives = sim, torch.arange(6), torch.eye(6, 11, dtype=torch.bool)
+    written_out = {
+        "info_nce": lambda: F.cross_entropy(s / 0.05, target),
+        "focal_info_nce": lambda: F.cross_entropy(
+            torch.where(positives, s * s, s * (s + 0.3)) / 0.05, target
+        ),
+    }
+    for objective, plain in written_out.items():
+        value, expected = loss(sim, objective, **off), plain()
+        assert torch.equal(value, expected)
+        ours, theirs = (torch.autograd.grad(x, sim)[0] for x in (value, expected))
+        assert torch.equal(ours, theirs)
+    for function in (loss, gradient_weights):
+        with Operations() as default:
+            expected = function(sim)
+        with Operations() as switched_off:
+            assert torch.equal(function(sim, **off), expected)
+        # The comparison itself is the one operation more.
+        assert switched_off.names[: len(default.names)] == default.names
+        assert len(switched_off.names) <= len(default.names) + 1
+
+
+def test_a_margin_leaves_positives_and_near_negatives_alone():
+    sim = torch.tensor([[0.2, np.cos(0.3), np.cos(0.5)], [1.0, 0.1, -1.0]])
+    turned = logits(sim, 1.0, modulate="none", margin=0.4, teacher=torch.zeros(2, 3))
+    same = torch.tensor([[True, True, False], [True, True, False]])
+    assert torch.equal(turned == sim, same)
+    expected = torch.tensor([np.cos(0.1), np.cos(np.pi - 0.4)], dtype=turned.dtype)
+    torch.testing.assert_close(turned[~same], expected)
+    # Where the teacher finds two sentences equal nothing is turned.
+    alike = logits(sim, 1.0, modulate="none", margin=0.4, teacher=torch.ones(2, 3))
+    assert torch.equal(alike, sim)
+
+
+def test_the_hardness_weight_stays_one_of_s():
+    sim = torch.tensor(similarities(6, 11))
+    options = {"modulate": "none", "margin": 0.2, "teacher": TEACHER}
+    added = logits(sim, alpha=9.0, **options) - logits(sim, **options)
+    positives = torch.eye(6, 11, dtype=torch.bool)
+    torch.testing.assert_close(added, (9 * sim).masked_fill(positives, 0))
+
+
+def test_a_teacher_is_a_constant():
+    sim = torch.tensor(similarities(6, 11), requires_grad=True)
+    teacher = TEACHER.clone().requires_grad_()
+    loss(sim, margin=0.2, teacher=teacher).backward()
+    assert teacher.grad is None
+    assert sim.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("modulate", MODULATES)
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("margin", [1e-6, 0.05, 1.57])
+def test_a_margin_is_safe_at_the_ends_of_the_scale(modulate, stopped, margin):
+    tick = torch.finfo(torch.float32).eps
+    ends = torch.tensor([1.0, 1 + tick, 1 - tick / 2, 0.999])
+    sim = torch.cat([ends, -ends]).repeat(8, 1).requires_grad_()
+    teacher = torch.linspace(-1, 1, 64).reshape(8, 8)
+    arguments = {"modulate": modulate, "stop_gradient": stopped, "margin": margin}
+    arguments |= {"teacher": teacher, "focal_weight": True}
+    value = loss(sim, **arguments)
+    value.backward()
+    assert value.isfinite()
+    assert sim.grad.isfinite().all()
+    closed = gradient_weights(sim.detach(), **arguments)
+    torch.testing.assert_close(closed, sim.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_margin_has_the_slope_of_the_angle():
+    s = np.random.default_rng(22).uniform(-0.99, 0.9, (4, 7))
+    t = TEACHER.numpy()[:4, :7]
+    sim = torch.tensor(s, requires_grad=True)
+    rows = logits(sim, 1.0, modulate="none", margin=0.3, teacher=torch.tensor(t))
+    (slope,) = torch.autograd.grad(rows.sum(), sim)
+    theta = np.arccos(s)
+    expected = np.where(theta > 0.3, np.sin(theta - (1 - t) * 0.3) / np.sin(theta), 1)
+    np.fill_diagonal(expected, 1)
+    np.testing.assert_allclose(slope.numpy(), expected, rtol=1e-10)
+
+
+def test_focal_weight_equals_the_formula():
+    s = similarities(6, 11, seed=23)
+    sim = torch.tensor(s, requires_grad=True)
+    value = loss(sim, "info_nce", 0.5, focal_weight=True)
+    p = np.exp(s / 0.5) / np.exp(s / 0.5).sum(axis=1, keepdims=True)
+    own = np.diagonal(p)[:, None]
+    assert value.item() == pytest.approx(np.mean(-(1 - own) * np.log(own)))
+    assert value < loss(sim, "info_nce", 0.5)
+    expected = ((1 - own) - own * np.log(own)) * (p - np.eye(6, 11)) / (6 * 0.5)
+    (autograd,) = torch.autograd.grad(value, sim)
+    np.testing.assert_allclose(autograd.numpy(), expected, rtol=1e-10, atol=1e-14)
+    closed = gradient_weights(sim.detach(), "info_nce", 0.5, focal_weight=True)
+    np.testing.assert_allclose(closed.numpy(), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("positive", [1.0, -1.0])
+def test_focal_weight_is_stable_where_a_row_is_solved_or_lost(positive):
+    sim = torch.full((8, 8), -positive).fill_diagonal_(positive).requires_grad_()
+    value = loss(sim, "info_nce", 0.005, focal_weight=True)
+    (gradient,) = torch.autograd.grad(value, sim)
+    closed = gradient_weights(sim.detach(), "info_nce", 0.005, focal_weight=True)
+    if positive == 1:  # p is 1
+        assert value == 0
+        assert (gradient == 0).all() and (closed == 0).all()
+    else:  # p underflows, the weight is 1
+        plain = loss(sim, "info_nce", 0.005)
+        torch.testing.assert_close(value, plain)
+        torch.testing.assert_close(gradient, torch.autograd.grad(plain, sim)[0])
+        torch.testing.assert_close(closed, gradient)
+
+
+@pytest.mark.parametrize("modulate", MODULATES)
+def test_gradcheck_of_the_extensions(modulate):
+    s = np.random.default_rng(24).uniform(-0.9, 0.9, (4, 6))
+    options = {"margin": 0.3, "teacher": TEACHER[:4, :6], "focal_weight": True}
+    ids = GROUPS["two"][:, :6]
+    sim = torch.tensor(s, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, "focal_info_nce", 0.2, 0.3, modulate, sentence_ids=ids, **options), [sim]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extensions_take_half_precision_in_float32(dtype):
+    half, teacher = (torch.tensor(similarities(6, 11, seed=n)).to(dtype) for n in (5, 6))
+    full = {"margin": 0.1, "teacher": teacher.float()}
+    for function, more in [(logits, {}), *((f, {"focal_weight": True}) for f in FUNCTIONS)]:
+        result = function(half, margin=0.1, teacher=teacher, **more)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, function(half.float(), **full, **more))
+    wide = loss(half.double(), margin=0.1, teacher=teacher)
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("margin", [-0.1, np.pi / 2, float("nan"), float("inf")])
+def test_bad_margin_is_refused(margin):
+    with pytest.raises(ValueError, match="margin must be"):
+        check_parameters(0.05, 0.3, "both", margin=margin)
+    for function in (logits, *FUNCTIONS):
+        with pytest.raises(ValueError, match="margin must be"):
+            function(torch.eye(3), margin=margin, teacher=torch.eye(3))
+
+
+def test_a_margin_without_its_teacher_is_refused():
+    for function in (logits, *FUNCTIONS):
+        with pytest.raises(ValueError, match="needs a teacher"):
+            function(torch.eye(3), margin=0.1)
+        with pytest.raises(ValueError, match="teacher must hold"):
+            function(torch.eye(3), margin=0.1, teacher=torch.eye(4))
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 12), (1, 2, 11)])
+def test_numberings_that_are_not_one_a_column_are_refused(shape):
+    sim, ids = torch.zeros(6, 11), torch.zeros(shape, dtype=torch.int64)
+    for function in (logits, *FUNCTIONS):
+        with pytest.raises(ValueError, match=r"or \(G, 11\)"):
             function(sim, sentence_ids=ids)
