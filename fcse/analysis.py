@@ -25,6 +25,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Key of the figures -> what sets it apart among the arguments of `losses.gradient_weights`."""
 
 
+def rank(key: str) -> int:
+    """Where figures and tables put a loss: in the order of `VARIANTS`, what is not in it behind."""
+    keys = [*VARIANTS, key]
+    return keys.index(key)
+
+
 def batch_similarities(
     encoder: SentenceEncoder, sentences: Sequence[str], max_length: int = 32, seed: int = 0
 ) -> Tensor:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from fcse import __version__, data, plots, processes
 from fcse.checkpoints import import_checkpoint
+from fcse.config import TrainConfig
 from fcse.doctor import examine
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError, writing
@@ -32,7 +33,7 @@ from fcse.recipes import RECIPES, recipe
 from fcse.report import beside_published, load_runs, over_seeds, score_runs
 from fcse.statistics import check_bootstrap, compare_tasks
 from fcse.study import study
-from fcse.training import TrainConfig, train
+from fcse.training import train
 
 _DEFAULT_RECIPE = "minilm-wiki"
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fcse import analysis, losses, plots
-from fcse.analysis import VARIANTS, batch_similarities
+from fcse.analysis import VARIANTS, batch_similarities, rank
+from fcse.config import TrainConfig
 from fcse.data import STS_TASKS, is_file, load_wiki_articles
 from fcse.errors import InputError, writing
 from fcse.statistics import compare_seeds, holm
-from fcse.training import TrainConfig, TrainResult, read_run
+from fcse.training import TrainResult, read_run
 
 DEV = "STSBenchmark-dev"
 """What settings are chosen by."""
@@ -73,7 +74,7 @@ def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.Da
         .reset_index()
     )
     best = means.loc[means.groupby("variant")[by].idxmax()]
-    return best.sort_values("variant", key=lambda v: v.map(list(VARIANTS).index), ignore_index=True)
+    return best.sort_values("variant", key=lambda v: v.map(rank), ignore_index=True)
 
 
 def contrasts(
@@ -138,12 +139,8 @@ def means(table: pd.DataFrame, settings: Sequence[str], score: str = DEV) -> pd.
     grouped = table.groupby(["variant", *settings], dropna=False)[score]
     found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
     return found.sort_values(
-        ["variant", *settings], key=lambda x: x.map(_order) if x.name == "variant" else x
+        ["variant", *settings], key=lambda x: x.map(rank) if x.name == "variant" else x
     ).reset_index(drop=True)
-
-
-def _order(variant: str) -> int:
-    return list(VARIANTS).index(variant)
 
 
 def random_batches(count: int = 8, size: int = 64, seed: int = 0) -> list[tuple[list[str], ...]]:

@@ -25,13 +25,15 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from fcse import processes
+from fcse.config import TrainConfig
 from fcse.data import STS_TASKS, SentencePairs, is_file, is_folder, load_lee, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.losses import effective_modulation
+from fcse.neighbours.options import OFF
 from fcse.recipes import recipe
 from fcse.report import judged
-from fcse.training import TrainConfig, judged_pairs, run_folder, score, train
+from fcse.training import judged_pairs, run_folder, score, train
 
 TASKS = ("Lee", *STS_TASKS, "STSBenchmark-dev", "SICKRelatedness-dev")
 """What the runs of a grid can be scored on."""
@@ -173,19 +175,29 @@ def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfi
 
 def inert(config: TrainConfig) -> set[str]:
     """The fields of the loss that this objective does not read."""
-    modulate = effective_modulation(config.objective, config.modulate)
-    unread = set() if config.objective == "hardness_info_nce" else {"alpha"}
+    modulate = effective_modulation(config.base, config.modulate)
+    unread = set() if config.base == "hardness_info_nce" else {"alpha"}
     if modulate in ("none", "positive"):
         unread.add("m")
     if modulate == "none":
         unread |= {"modulate", "stop_gradient"}
+    unread |= {name for name in OFF if not config.option(name)}
+    if not config.option("margin"):
+        unread.add("teacher")
+    if not config.option("acceptance"):
+        unread |= {"clusters", "cluster_steps"}
+    if not config.option("detection"):
+        unread.add("generator")
     return unread
 
 
 def canonical(config: TrainConfig) -> TrainConfig:
-    """The same run written in one way: inert fields at their defaults, InfoNCE by its own name."""
-    if config.key == "info_nce":
-        config = replace(config, objective="info_nce")
+    """The same run written in one way: inert fields at their defaults, InfoNCE by its own name,
+    and the settings that a neighbour's name stands for.
+    """
+    plain = effective_modulation(config.base, config.modulate) == "none"
+    base = "info_nce" if config.base == "focal_info_nce" and plain else config.base
+    config = replace(config, objective=base, **{name: config.option(name) for name in OFF})
     return replace(config, **{name: getattr(TrainConfig, name) for name in inert(config)})
 
 

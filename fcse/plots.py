@@ -17,48 +17,83 @@ from matplotlib.lines import Line2D
 
 from fcse.errors import writing
 
-# Okabe & Ito's palette: distinct for every common kind of colour blindness.
-COLOURS = {
-    "untrained": "#7F7F7F",
-    "encoder": "#000000",
-    "info_nce": "#0072B2",
-    "focal_info_nce": "#D55E00",
-    "positive": "#009E73",
-    "negative": "#CC79A7",
-    "stop_gradient": "#56B4E9",
-    "hardness_info_nce": "#E69F00",
-}
-NAMES = {
-    "untrained": "untrained",
-    "encoder": "chosen encoder",
-    "info_nce": "InfoNCE",
-    "focal_info_nce": "Focal-InfoNCE",
-    "positive": "positives only",
-    "negative": "negatives only",
-    "stop_gradient": "stop-gradient",
-    "hardness_info_nce": "hardness-weighted",
-}
+
+class _Styles(dict[str, str]):
+    """What is not in it is several losses at once, joined by "+"."""
+
+    def __init__(self, several: Any, **known: Any) -> None:
+        super().__init__(known)
+        self.several = several
+
+    def __missing__(self, key: str) -> Any:
+        return self.several(self, key) if callable(self.several) else self.several
+
+
+# Okabe & Ito's palette, and Tol's muted one for the neighbours: distinct for every common kind of
+# colour blindness.
+COLOURS = _Styles(
+    "#000000",
+    untrained="#7F7F7F",
+    encoder="#000000",
+    info_nce="#0072B2",
+    focal_info_nce="#D55E00",
+    positive="#009E73",
+    negative="#CC79A7",
+    stop_gradient="#56B4E9",
+    hardness_info_nce="#E69F00",
+    sscl="#332288",
+    cards="#117733",
+    diffcse="#882255",
+    adap_acse="#999933",
+    ifnd="#AA4499",
+    core_tuning="#661100",
+)
+NAMES = _Styles(
+    lambda names, key: " + ".join(names[part] for part in key.split("+")),
+    untrained="untrained",
+    encoder="chosen encoder",
+    info_nce="InfoNCE",
+    focal_info_nce="Focal-InfoNCE",
+    positive="positives only",
+    negative="negatives only",
+    stop_gradient="stop-gradient",
+    hardness_info_nce="hardness-weighted",
+    sscl="SSCL",
+    cards="CARDS",
+    diffcse="DiffCSE",
+    adap_acse="AdapACSE",
+    ifnd="IFND",
+    core_tuning="Core-tuning",
+)
 # Marker and dash repeat what the colour says, for print in grey.
-_MARKERS = {
-    "untrained": "s",
-    "encoder": "*",
-    "info_nce": "o",
-    "focal_info_nce": "D",
-    "positive": "^",
-    "negative": "v",
-    "stop_gradient": "P",
-    "hardness_info_nce": "X",
-}
-_DASHES = {
-    "untrained": ":",
-    "encoder": ":",
-    "info_nce": "--",
-    "focal_info_nce": "-",
-    "positive": "-.",
-    "negative": "-.",
-    "stop_gradient": (0, (5, 1, 1, 1, 1, 1)),
-    "hardness_info_nce": (0, (1, 1)),
-}
+_MARKERS = _Styles(
+    "H",
+    untrained="s",
+    encoder="*",
+    info_nce="o",
+    focal_info_nce="D",
+    positive="^",
+    negative="v",
+    stop_gradient="P",
+    hardness_info_nce="X",
+    sscl="<",
+    cards=">",
+    diffcse="p",
+    adap_acse="d",
+    ifnd="h",
+    core_tuning="8",
+)
+_DASHES = _Styles(
+    (0, (6, 2)),
+    untrained=":",
+    encoder=":",
+    info_nce="--",
+    focal_info_nce="-",
+    positive="-.",
+    negative="-.",
+    stop_gradient=(0, (5, 1, 1, 1, 1, 1)),
+    hardness_info_nce=(0, (1, 1)),
+)
 
 STYLE = {
     "figure.dpi": 110,

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from fcse.config import TrainConfig
 from fcse.errors import InputError
-from fcse.training import TrainConfig
 
 _PAPER = TrainConfig(
     corpus="wiki1m",

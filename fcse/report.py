@@ -9,13 +9,14 @@ from typing import Any
 import pandas as pd
 
 from fcse import published
-from fcse.analysis import VARIANTS
+from fcse.analysis import rank
+from fcse.config import TrainConfig
 from fcse.data import STS_TASKS, SentencePairs
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge_tasks
+from fcse.neighbours.options import OFF, SETTINGS
 from fcse.statistics import compare_seeds, summarise_seeds
-from fcse.training import TrainConfig
 
 _NO_SETTING = ("recipe", "objective", "modulate", "stop_gradient", "seed", "output")
 """Fields of a config that do not say under which conditions objectives were compared."""
@@ -48,9 +49,10 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
             raise InputError(f"{path} is no record of a run: delete that folder") from None
     if not records:
         raise InputError(f"{folder} holds no finished run: train with fcse train, or name another")
-    configs = pd.DataFrame([asdict(config) for config in records.values()])
+    rows = [asdict(config) | _unnamed(config) for config in records.values()]
+    configs = pd.DataFrame(rows, dtype=object)  # None is a value like any other
     settings = configs.drop(columns=[*_NO_SETTING])
-    varying = [name for name in settings if settings[name].astype(str).nunique() > 1]
+    varying = [name for name in settings if settings[name].map(str).nunique() > 1]
     runs = pd.DataFrame(
         {
             "folder": list(records),
@@ -63,10 +65,17 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
             ],
         }
     )
-    order = runs["objective"].map(list(VARIANTS).index)
+    order = runs["objective"].map(rank)
     return runs.assign(order=order).sort_values(["settings", "order", "seed"], ignore_index=True)[
         list(runs)
     ]
+
+
+def _unnamed(config: TrainConfig) -> dict[str, Any]:
+    """The neighbours' settings that no name stands for: what the objective's key does not say."""
+    named = {name: {OFF[name], *(s[name] for s in SETTINGS.values() if name in s)} for name in OFF}
+    values = {name: config.option(name) for name in OFF}
+    return {name: None if value in named[name] else value for name, value in values.items()}
 
 
 def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFrame:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from fcse import analysis, plots
+from fcse.config import TrainConfig
 from fcse.data import SentencePairs, is_file, load_corpus, load_lee, load_sts, senteval_folder
 from fcse.encoder import SentenceEncoder
 from fcse.published import SIMCSE_50_SEEDS
 from fcse.recipes import RECIPES, recipe
 from fcse.report import beside_published, judged
-from fcse.training import TrainConfig, TrainResult, judged_pairs, read_run, score, train
+from fcse.training import TrainResult, judged_pairs, read_run, score, train
 
 OBJECTIVES = ("info_nce", "focal_info_nce")
 SHORT = "minilm-short"

@@ -1,8 +1,6 @@
-"""TrainConfig and one readable loop: two dropout views, one similarity matrix, one loss."""
+"""One readable loop: two dropout views, one similarity matrix, one loss."""
 
 import copy
-import hashlib
-import json
 import math
 import os
 import time
@@ -10,163 +8,32 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fcse import losses, micro_batches, processes, speed
+from fcse.config import Metric, Precision, TrainConfig
 from fcse.corpora import TokenizedCorpus, row_batches
 from fcse.data import (
     SentencePairs,
     corpus_reader,
-    is_file,
     is_folder,
     load_lee,
     load_sts,
-    sha256,
 )
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError, first_line
 from fcse.evaluation import judge
-from fcse.pooling import Pooling
-from fcse.runs import RunFolder, State, versions, weights_hash
-
-Metric = Literal["last", "lee", "stsb_dev"]
-Precision = Literal["auto", "bf16", "float32"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run; two runs with equal fields and versions are the same run.
-
-    Raises:
-        InputError: a field is out of its range.
-    """
-
-    recipe: str | None = None
-    """Name of the recipe the other fields started from; a label, see `fcse.recipes`."""
-    objective: losses.Objective = "focal_info_nce"
-    """The loss: info_nce (SimCSE), focal_info_nce (Hou & Li 2023) or hardness_info_nce (Lan et al.
-    2025)."""
-    encoder: str | Path = "minilm"
-    """Where to start: minilm (packaged), a model folder, or a hub name."""
-    corpus: str | Path = "wiki-mini"
-    """What to train on: wiki-mini (packaged), wiki1m (hub), a text file, or DATASET:COLUMN."""
-    temperature: float = 0.05
-    """tau > 0, the divisor of the logits."""
-    m: float = 0.3
-    """Shift of the negatives' modulation s * (s + m); used by focal_info_nce only."""
-    modulate: losses.Modulate = "both"
-    """Which logits focal_info_nce modulates: both, positive, negative or none."""
-    stop_gradient: bool = False
-    """Take focal_info_nce's modulating factors as constants; the authors do not."""
-    alpha: float = losses.ALPHA
-    """Hardness weight >= 0 of hardness_info_nce."""
-    pooling: Pooling = "cls"
-    """How tokens become a sentence vector: cls, mean, mean_first_last or mean_top2."""
-    batch_size: int = 64
-    """Sentences a step over all processes, N >= 2; each meets N - 1 negatives."""
-    micro_batch_size: int | None = None
-    """Sentences whose graph is held at a time, >= 1: less memory, one more pass; else all."""
-    mask_duplicates: bool = True
-    """Leave out negatives that are the anchor's own sentence again; the authors do not."""
-    steps: int = 100
-    """Optimiser steps, >= 1; the corpus is reshuffled each time it runs out."""
-    learning_rate: float = 3e-5
-    """Peak of AdamW's learning rate, > 0, decaying linearly to 0."""
-    max_length: int = 32
-    """Tokens kept of each training sentence, >= 3; evaluation does not cut."""
-    seed: int = 0
-    """Seed of head, data order and dropout, 0 to 2**32 - 1."""
-    precision: Precision = "auto"
-    """bf16 (autocast), float32, or auto: bf16 where the hardware has bf16 matrix units."""
-    eval_steps: int = 25
-    """Score every so many steps, >= 1."""
-    metric: Metric = "last"
-    """Which weights to keep: those of the last step, or of the best lee or stsb_dev score."""
-    checkpoints: bool = False
-    """Keep the weights of every scoring along the way too, in half precision."""
-    output: str | Path | None = None
-    """Folder of the run; by default a folder of its own under FCSE_RUNS, else under runs/."""
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("objective", losses.Objective),
-            ("pooling", Pooling),
-            ("precision", Precision),
-            ("metric", Metric),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise InputError(
-                    f"unknown {name} {getattr(self, name)!r}: "
-                    f"choose from {', '.join(get_args(choices))}"
-                )
-        try:
-            losses.check_parameters(self.temperature, self.m, self.modulate, self.alpha)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        for name, least in (
-            ("batch_size", 2),
-            ("micro_batch_size", 1),
-            ("steps", 1),
-            ("max_length", 3),
-            ("seed", 0),
-            ("eval_steps", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
-        if self.seed >= 2**32:
-            raise InputError(f"seed must be below 2**32, got {self.seed}")
-        if not 0 < self.learning_rate < 1:
-            raise InputError(f"learning_rate must lie between 0 and 1, got {self.learning_rate}")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: the fields but the folder, local files' bytes, versions."""
-        fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        del fields["output"]
-        patterns = ("*.safetensors", "*.bin", "*/model.safetensors")
-        folder = Path(self.encoder)
-        found = [p for glob in patterns for p in folder.glob(glob)] if is_folder(folder) else []
-        files = (Path(self.corpus), *sorted(found))
-        return {
-            "config": fields,
-            "files": {str(path): sha256(path) for path in files if is_file(path)},
-            "versions": versions(),
-        }
-
-    @property
-    def name(self) -> str:
-        """A folder name that is the same for equal identities only.
-
-        Fields at their defaults have no part in it, so that a field added later renames no run.
-        """
-        identity = self.identity
-        set_ = {k: v for k, v in identity["config"].items() if v != getattr(TrainConfig, k)}
-        named = json.dumps(identity | {"config": set_}, sort_keys=True).encode()
-        digest = hashlib.sha256(named).hexdigest()[:8]
-        return f"{self.key}-seed{self.seed}-{digest}"
-
-    @property
-    def key(self) -> str:
-        """What figures and tables call this loss: a key of `analysis.VARIANTS`."""
-        modulate = losses.effective_modulation(self.objective, self.modulate)
-        if self.objective != "focal_info_nce" or modulate == "none":
-            return "info_nce" if self.objective == "focal_info_nce" else self.objective
-        if self.stop_gradient:
-            return "stop_gradient"
-        return "focal_info_nce" if modulate == "both" else modulate
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is written."""
-        return Path(self.output or Path(os.environ.get("FCSE_RUNS", "runs")) / self.name)
+from fcse.neighbours.batches import Batch, Batches, Item
+from fcse.neighbours.detection import Detection, MaskedLM, Unigrams
+from fcse.runs import RunFolder, State, weights_hash
 
 
 @dataclass(frozen=True)
@@ -328,13 +195,27 @@ def _train(
     judged = judged_pairs(config.metric)
     first_weights = weights_hash(encoder.backbone)
     encoder.to(device)
-    parameters = list(encoder.parameters())
+    batches = Batches(config, encoder, corpus)
+    detection = _detection(config, encoder, corpus)
+    trained = nn.ModuleDict({"encoder": encoder} | ({"detection": detection} if detection else {}))
+    parameters = list(trained.parameters())
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=0.0, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def views(token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def views(items: Sequence[Item]) -> tuple[Tensor, ...]:
+        token_ids, second, retrieved = zip(*items, strict=True)
         with autocast, speed.cheap_dropout_in(encoder.backbone):
-            return encoder(token_ids)
+            made = encoder(token_ids, second if second[0] else None, config.option("layers"))
+            return (*made, encoder.view(retrieved)) if retrieved[0] else made
+
+    def loss_of(batch: Batch, u: Tensor, v: Tensor, *others: Tensor) -> Tensor:
+        value = _loss(config, batch, u, v, *others)
+        if detection is None:
+            return value
+        token_ids = [item.token_ids for item in processes.share(batch.items)]
+        with autocast:
+            found, *_ = detection(torch.cat([u, v]), [*token_ids, *token_ids])
+        return value + config.option("detection") * found
 
     world.wait_for_everyone()
     state = folder.start() if first else None
@@ -342,14 +223,14 @@ def _train(
     state = state if first else folder.last_state()
     progress = _Progress(world.num_processes)
     if state is not None:
-        progress = _restore(state, folder, encoder, optimizer)
+        progress = _restore(state, folder, trained, optimizer, batches)
     else:
         scores = score(encoder, judged)
         if first:
             folder.log(step=0, **scores)
     before_s = progress.wall_time_s
-    encoder.train()
-    batches = tqdm(
+    trained.train()
+    bar = tqdm(
         row_batches(len(corpus), config.batch_size, config.steps, config.seed, progress.step),
         config.name,
         config.steps,
@@ -357,24 +238,24 @@ def _train(
         unit="step",
         disable=not first,
     )
-    for step, rows in enumerate(batches, start=progress.step + 1):
-        sentences, token_ids = corpus.batch(rows)
-        sentence_ids, masked = _duplicates(token_ids) if config.mask_duplicates else (None, 0)
+    for step, rows in enumerate(bar, start=progress.step + 1):
+        batches.cluster(step, encoder)
+        batch = batches.at(step, rows)
         learning_rate = config.learning_rate * (1 - (step - 1) / config.steps)
         optimizer.param_groups[0]["lr"] = learning_rate
 
         optimizer.zero_grad()
         loss = micro_batches.backward(
             views,
-            processes.share(token_ids),
+            processes.share(batch.items),
             config.micro_batch_size or config.batch_size,
-            partial(_loss, config, sentence_ids),
+            partial(loss_of, batch),
         )
         loss = processes.mean(loss).item()
         processes.average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            path = folder.keep_batch(step, sentences)
+            path = folder.keep_batch(step, batch.sentences)
             raise InputError(
                 f"at step {step} the loss is {loss} and the gradient's norm {norm}: lower the "
                 f"learning rate; its sentences are in {path}, the last good state is that of step "
@@ -383,10 +264,10 @@ def _train(
         optimizer.step()
         if first:
             folder.log(step=step, loss=loss, learning_rate=learning_rate)
-        batches.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
         progress.step = step
-        progress.masked_pairs += masked
+        progress.masked_pairs += batch.masked_pairs
         progress.wall_time_s = before_s + time.perf_counter() - started
         if step % config.eval_steps == 0 or step == config.steps:
             scores = score(encoder, judged)
@@ -403,7 +284,7 @@ def _train(
                 if config.checkpoints and step < config.steps:
                     folder.keep_checkpoint(step, encoder)
                 if step < config.steps:
-                    folder.keep_state(_state(progress, encoder, optimizer, states))
+                    folder.keep_state(_state(progress, trained, optimizer, states, batches))
         if callback is not None:
             callback(step, encoder)
 
@@ -422,56 +303,101 @@ def _train(
     world.wait_for_everyone()
 
 
-def _loss(config: TrainConfig, sentence_ids: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
-    """The loss of this process' anchors against the candidates of all."""
-    v = processes.gather_rows(v)
-    if sentence_ids is not None:
-        sentence_ids = processes.own_first(sentence_ids.to(v.device))
-    return losses.chunked_loss(
-        u,
-        v,
-        config.objective,
-        config.temperature,
-        config.m,
-        config.modulate,
-        config.stop_gradient,
-        config.alpha,
-        sentence_ids,
-    )
+def _loss(config: TrainConfig, batch: Batch, u: Tensor, v: Tensor, *others: Tensor) -> Tensor:
+    """The loss of this process' anchors against the candidates of all.
 
-
-def _duplicates(token_ids: Sequence[Sequence[int]]) -> tuple[Tensor | None, int]:
-    """A number for each distinct sentence of a batch, (N,) int64, and how many pairs share one.
-
-    Sentences are the same where the encoder cannot tell them apart; None where all are distinct.
+    With lower layers it is the mean of the loss without and with their vectors among the negatives
+    (SSCL, Chen et al. 2023).
     """
-    numbers: dict[tuple[int, ...], int] = {}
-    ids = torch.tensor([numbers.setdefault(tuple(ids), len(numbers)) for ids in token_ids])
-    if len(numbers) == len(ids):
-        return None, 0
-    return ids, int((ids.bincount() ** 2).sum()) - len(ids)
+    rest = list(others)
+    lower = rest.pop(0) if config.option("layers") else None
+    columns = torch.cat([processes.gather_rows(x) for x in (v, *rest)])
+    ids, teacher = (
+        None if x is None else _own_first(x.to(v.device), config.batch_size)
+        for x in (None if batch.sentence_ids is None else batch.sentence_ids.T, batch.teacher)
+    )
+    arguments = {
+        "objective": config.base,
+        "temperature": config.temperature,
+        "m": config.m,
+        "modulate": config.modulate,
+        "stop_gradient": config.stop_gradient,
+        "alpha": config.alpha,
+        "margin": config.option("margin"),
+        "focal_weight": config.option("focal_weight"),
+    }
+    if batch.mixing is not None:
+        arguments |= {name: x.to(v.device) for name, x in vars(batch.mixing).items()}
+
+    def loss(columns: Tensor, ids: Tensor | None, teacher: Tensor | None) -> Tensor:
+        given = {
+            "sentence_ids": None if ids is None else ids.T,
+            "teacher": None if teacher is None else (teacher[: len(u)], teacher),
+        }
+        of = losses.chunked_loss if batch.mixing is None else losses.core_tuning
+        return of(u, columns, **arguments, **given)
+
+    value = loss(columns, ids, teacher)
+    if lower is None:
+        return value
+    below = processes.gather_rows(lower)
+    columns = torch.cat([columns, below.flatten(0, 1)])
+    if ids is not None:  # vectors of a lower layer are nobody's repeats
+        own = -1 - len(ids) - torch.arange(below.shape[0] * below.shape[1], device=ids.device)
+        ids = torch.cat([ids, own[:, None].expand(-1, ids.shape[1])])
+    if teacher is not None:
+        repeated = teacher[: config.batch_size].repeat_interleave(below.shape[1], dim=0)
+        teacher = torch.cat([teacher, repeated])
+    return (value + loss(columns, ids, teacher)) / 2
+
+
+def _detection(
+    config: TrainConfig, encoder: SentenceEncoder, corpus: TokenizedCorpus
+) -> Detection | None:
+    """The second task beside the loss, where one is asked for (DiffCSE)."""
+    if not config.option("detection"):
+        return None
+    if config.generator is not None:
+        token_generator = MaskedLM(config.generator, encoder.tokenizer)
+    else:
+        parts = corpus.dataset.iter(batch_size=1000)
+        tokens = chain.from_iterable(part["token_ids"] for part in parts)
+        token_generator = Unigrams(tokens, encoder.tokenizer.all_special_ids)
+    return Detection(encoder, token_generator, seed=config.seed).to(encoder.device)
+
+
+def _own_first(x: Tensor, batch_size: int) -> Tensor:
+    """Columns (C, ...) of a global batch, `batch_size` at a time turned as by `gather_rows`."""
+    return torch.cat([processes.own_first(part) for part in x.split(batch_size)])
 
 
 def _state(
     progress: _Progress,
-    encoder: SentenceEncoder,
+    trained: nn.Module,
     optimizer: torch.optim.Optimizer,
     random_states: list[dict[str, Tensor]],
+    batches: Batches,
 ) -> State:
-    """Everything that decides how a run goes on: weights, moments, generators, progress."""
-    tensors = {f"weights/{name}": x for name, x in encoder.state_dict().items()}
+    """Everything that decides how a run goes on: weights, moments, generators, labels, progress."""
+    tensors = {f"weights/{name}": x for name, x in trained.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": x for name, x in moments.items()}
     for process, random_state in enumerate(random_states):
         tensors |= {f"random/{process}/{kind}": x for kind, x in random_state.items()}
+    if batches.labels is not None:
+        tensors["labels"] = torch.from_numpy(batches.labels)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     return State(progress.step, tensors, asdict(progress))
 
 
 def _restore(
-    state: State, folder: RunFolder, encoder: SentenceEncoder, optimizer: torch.optim.Optimizer
+    state: State,
+    folder: RunFolder,
+    trained: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
 ) -> _Progress:
-    """Take encoder, optimiser and this process' generators to a `_state`."""
+    """Take weights, optimiser, labels and this process' generators to a `_state`."""
     progress = _Progress(**{f.name: state.facts[f.name] for f in fields(_Progress)})
     now = processes.world()
     if progress.processes != now.num_processes:
@@ -489,7 +415,9 @@ def _restore(
                 moments[int(i)][name] = x
             case ["random", process, kind] if int(process) == now.process_index:
                 random_state[kind] = x
-    encoder.load_state_dict(weights)
+            case ["labels"]:
+                batches.labels = x.numpy()
+    trained.load_state_dict(weights)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(moments)})
     micro_batches.set_random_state(random_state)
     return progress

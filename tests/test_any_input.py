@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fcse.cli import main
+from fcse.config import TrainConfig
 from fcse.data import STS_SUBSETS, STS_TASKS, load_sts
 from fcse.errors import InputError
-from fcse.training import TrainConfig, read_run, train
+from fcse.training import read_run, train
 
 HUNDREDS = settings(
     max_examples=200,

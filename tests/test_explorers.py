@@ -10,9 +10,10 @@ import torch
 from matplotlib.colors import to_rgba
 
 from fcse import analysis, losses, plots
+from fcse.config import TrainConfig
 from fcse.data import article_batch, load_wiki_articles
 from fcse.study import trajectories, with_untrained
-from fcse.training import TrainConfig, train
+from fcse.training import train
 from fcse.widgets import MapExplorer, NegativeExplorer, TrajectoryPlane
 
 

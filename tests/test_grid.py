@@ -17,10 +17,10 @@ from conftest import one_line_refusal
 
 from fcse import cli
 from fcse import grid as grids
+from fcse.config import TrainConfig
 from fcse.errors import InputError
 from fcse.grid import canonical, plan, read_grid, results, run_one
 from fcse.report import load_runs
-from fcse.training import TrainConfig
 
 TWO = """
 [[runs]]

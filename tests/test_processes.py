@@ -13,9 +13,10 @@ from one_step import LENGTH, one_step
 from safetensors.torch import load_file
 
 from fcse import losses, micro_batches, processes
+from fcse.config import TrainConfig
 from fcse.encoder import SentenceEncoder
 from fcse.evaluation import evaluate_lee
-from fcse.training import TrainConfig, read_run, train
+from fcse.training import read_run, train
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1")
 

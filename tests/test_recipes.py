@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGS
 
+from fcse.config import TrainConfig
 from fcse.data import load_lee, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
 from fcse.recipes import RECIPES, recipe
-from fcse.training import TrainConfig, train
+from fcse.training import train
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 
 from fcse import published
+from fcse.config import TrainConfig
 from fcse.data import STS_TASKS, load_lee
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
 from fcse.report import beside_published, load_runs, over_seeds, score_runs
 from fcse.statistics import compare_seeds
-from fcse.training import TrainConfig, train
+from fcse.training import train
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import pytest
 from conftest import one_line_refusal
 from own_process import start
 
+from fcse.config import TrainConfig
 from fcse.data import is_folder
-from fcse.training import TrainConfig, load_run, read_run, train
+from fcse.training import load_run, read_run, train
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import one_line_refusal
 
+from fcse.config import TrainConfig
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import evaluate_lee
 from fcse.recipes import recipe
 from fcse.runs import weights_hash
-from fcse.training import TrainConfig, load_run, read_run, resolve_precision, train
+from fcse.training import load_run, read_run, resolve_precision, train
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fcse.cli import _parse
+from fcse.config import TrainConfig
 from fcse.recipes import recipe
-from fcse.training import TrainConfig, load_run, train
+from fcse.training import load_run, train
 from fcse.widgets.training import Progress, TrainingPanel, _command, comparison
 
 LONG = 5000

@@ -6,9 +6,14 @@ and a discriminator that is given the sentence embedding says of each token whet
 It does so the better, the more the embedding tells of the sentence that was edited. The loss is the
 contrastive one plus `DETECTION_WEIGHT` times this one.
 
-The authors' generator is DistilBERT (`MaskedLM`), and their head on the sentence embedding has
-batch normalisation; here the encoder keeps its own head, without. Their learning rate is 7e-6, over
-2 epochs in batches of 64; here these are the user's.
+The authors' generator is DistilBERT (`MaskedLM`), their learning rate 7e-6, over 2 epochs in
+batches of 64. Where this differs from their code (github.com/voidism/DiffCSE):
+- Their head on the sentence embedding has batch normalisation. Here the encoder keeps its own.
+- They mask each token by itself with the probability `MASK_SHARE`, and of those a tenth becomes a
+  random token and a tenth stays. Here exactly that share is masked, always.
+- Their generator fills every position but the first, here the masked ones.
+- Their mean is over all positions, the first and the padding among them. Here it is over the real
+  tokens behind the first.
 """
 
 import copy

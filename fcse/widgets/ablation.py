@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fcse import analysis, plots
+from fcse.config import TrainConfig
 from fcse.losses import Modulate
 from fcse.losses import loss as batch_loss
 from fcse.recipes import recipe
-from fcse.training import TrainConfig
 from fcse.widgets.pictures import encode, panel
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fcse import plots
+from fcse.config import TrainConfig
 from fcse.data import load_corpus
 from fcse.errors import InputError
 from fcse.losses import effective_modulation
 from fcse.runs import RunFolder
-from fcse.training import TrainConfig, run_folder
+from fcse.training import run_folder
 from fcse.widgets.pictures import encode, panel
 
 _POLL = 0.5
@@ -395,12 +396,12 @@ def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
 
 def _settings(config: TrainConfig) -> str:
     said = [f"τ {config.temperature:g}"]
-    modulate = effective_modulation(config.objective, config.modulate)
+    modulate = effective_modulation(config.base, config.modulate)
     if modulate in ("both", "negative"):
         said.append(f"m {config.m:g}")
     if modulate != "none" and config.stop_gradient:
         said.append(f"modulates {modulate}")
-    if config.objective == "hardness_info_nce":
+    if config.base == "hardness_info_nce":
         said.append(f"α {config.alpha:g}")
     return ", ".join(said)
 
