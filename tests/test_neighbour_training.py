@@ -51,6 +51,8 @@ def elsewhere(config, tmp_path, name, **changes):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_name_stands_for_its_settings(config, tmp_path, name):
+    # Two clusters and half a corpus a batch: three kept labels in it are enough for a pair.
+    config = replace(config, batch_size=20, clusters=2, cluster_steps=1)
     by_name = train(replace(config, objective=name))
     set_ = elsewhere(config, tmp_path, "set", **SETTINGS[name])
     assert by_name.config.key == set_.key == name
