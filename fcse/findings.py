@@ -169,6 +169,8 @@ def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -
         columns of `state`.
     """
     config = run.config
+    names = ("temperature", "m", "modulate", "stop_gradient", "alpha")
+    loss = {"objective": config.base} | {name: getattr(config, name) for name in names}
     rows = []
     for step in run.steps:
         encoder = run.encoder_at(step)
@@ -176,7 +178,7 @@ def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -
             state(
                 batch_similarities(encoder, sentences, config.max_length, config.seed),
                 titles,
-                {"temperature": config.temperature, "m": config.m, **VARIANTS[config.key]},
+                loss,
             )
             for sentences, titles in batches
         ]
