@@ -305,7 +305,8 @@ def run_findings(
         ("contrasts", "over seeds, paired; p_holm is corrected for the number of comparisons"),
     ):
         if name in found:
-            print(f"\n{said}\n{found[name].round(3).to_string(index=False)}")
+            table = found[name].to_string(index=False, float_format="{:.3g}".format)
+            print(f"\n{said}\n{table}")
     print(f"\nfigures: {folder}/")
 
 
