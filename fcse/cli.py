@@ -399,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with redirect_stdout(sys.stdout if first else io.StringIO()):
             _parse(sys.argv[1:] if arguments is None else arguments)()
+        processes.leave()
     except InputError as error:
         print(f"fcse: {error}", file=sys.stderr)
         sys.exit(2)

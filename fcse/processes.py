@@ -24,6 +24,16 @@ def world() -> PartialState:
     return PartialState(cpu=launched and not torch.accelerator.is_available())
 
 
+def leave() -> None:
+    """Part from the other processes once all have come this far; one alone returns at once.
+
+    A process that ends while others are still connected to it can make them abort.
+    """
+    state = world()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def share(rows: Sequence) -> Sequence:
     """This process' part of a global batch whose length the number of processes divides."""
     state = world()

@@ -39,3 +39,4 @@ if __name__ == "__main__":
     result = one_step(model, lines, int(micro_batch_size))
     if processes.world().is_main_process:
         save_file(result, file)
+    processes.leave()

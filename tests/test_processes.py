@@ -25,7 +25,7 @@ def launch(count, *arguments):
     """What a command says that runs as several processes."""
     command = [*LAUNCH, f"--num_processes={count}", "--main_process_port=0", *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
