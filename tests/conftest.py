@@ -8,6 +8,8 @@ from contextlib import contextmanager
 os.environ["HF_HUB_OFFLINE"] = "1"
 # On tensors as small as these, threads that share busy cores wait for each other: ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
+# UMAP's compiler gives its own number to torch too, and sums over two threads round differently.
+os.environ["NUMBA_NUM_THREADS"] = "1"
 
 import pytest
 import torch
