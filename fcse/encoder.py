@@ -2,7 +2,8 @@
 
 import inspect
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, get_args
 
@@ -90,30 +91,13 @@ class SentenceEncoder(nn.Module):
             path = str(Path(path) / "model")
         folder = is_folder(path)
         local = folder or not hub_reachable()
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
+        with loading(f"encoder {str(name_or_path)!r}", "minilm, a model folder"):
             layout = read_layout(path, local)
             if folder:
                 _check_model_folder(Path(path) / layout.subfolder)
             where = {"local_files_only": local, "subfolder": layout.subfolder}
             backbone = AutoModel.from_pretrained(path, dtype=torch.float32, **where)
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        except InputError:
-            raise
-        except pickle.UnpicklingError:
-            raise InputError(
-                f"the weights of {str(name_or_path)!r} are a pickle that holds more than tensors, "
-                "and are not unpickled: convert them to safetensors where you trust them"
-            ) from None
-        except Exception as error:  # dozens of types, from missing files to broken JSON
-            raise InputError(
-                f"encoder {str(name_or_path)!r} could not be loaded ({first_line(error)}): give "
-                "minilm, a model folder, or the name of a model on the hub"
-            ) from None
-        finally:
-            transformers.logging.set_verbosity(verbosity)
         if backbone.config.is_encoder_decoder or tokenizer.pad_token_id is None:
             raise InputError(
                 f"{str(name_or_path)!r} ({backbone.config.model_type}) is no encoder with a "
@@ -311,6 +295,38 @@ class SentenceEncoder(nn.Module):
         )
         layers = self.backbone.config.num_hidden_layers
         write_layout(path, self.pooling, self.dimension, layers, self.max_length)
+
+
+@contextmanager
+def loading(what: str, instead: str) -> Iterator[None]:
+    """Load what a user has named: without the library's chatter, and with one line if it fails.
+
+    Args:
+        what: what is loaded, by name.
+        instead: what could be given in its place, but the name of a model on the hub.
+
+    Raises:
+        InputError: it cannot be loaded, or is a pickle that holds more than tensors.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"the weights of {what} are a pickle that holds more than tensors, and are not "
+            "unpickled: convert them to safetensors where you trust them"
+        ) from None
+    except Exception as error:  # dozens of types, from missing files to broken JSON
+        raise InputError(
+            f"{what} could not be loaded ({first_line(error)}): give {instead}, or the name of a "
+            "model on the hub"
+        ) from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _positions(backbone: PreTrainedModel) -> int:

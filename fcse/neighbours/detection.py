@@ -17,7 +17,6 @@ batches of 64. Where this differs from their code (github.com/voidism/DiffCSE):
 """
 
 import copy
-import pickle
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
@@ -26,15 +25,14 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from fcse import speed
 from fcse.data import hub_reachable, is_folder
-from fcse.encoder import SentenceEncoder
-from fcse.errors import InputError, first_line
+from fcse.encoder import SentenceEncoder, loading
+from fcse.errors import InputError
 
 MASK_SHARE = 0.3
 """Share of a sentence's tokens that is masked, as the authors set it."""
@@ -85,26 +83,11 @@ class MaskedLM:
             "local_files_only": is_folder(path) or not hub_reachable(),
             "trust_remote_code": False,
         }
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
+        with loading(name, "a model folder"):
             theirs = AutoTokenizer.from_pretrained(path, **where).get_vocab()
             self.model, loaded = AutoModelForMaskedLM.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True, **where
             )
-        except pickle.UnpicklingError:
-            raise InputError(
-                f"the weights of {name} are a pickle that holds more than tensors, and are not "
-                "unpickled: convert them to safetensors where you trust them"
-            ) from None
-        except Exception as error:  # dozens of types, from missing files to broken JSON
-            raise InputError(
-                f"{name} could not be loaded ({first_line(error)}): give a model folder, or the "
-                "name of a model on the hub"
-            ) from None
-        finally:
-            transformers.logging.set_verbosity(verbosity)
         # The library would fill these at random and say so in a warning only.
         if loaded["missing_keys"]:
             raise InputError(
