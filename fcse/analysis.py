@@ -1,5 +1,6 @@
 """What a loss does to a batch, and what training did to a space: numbers behind the pictures."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,16 @@ def batch_similarities(
     return losses.similarity_matrix(u, v).cpu().clone()
 
 
+def readout_similarities(encoder: SentenceEncoder, sentences: Sequence[str]) -> Tensor:
+    """Cosines of the sentences as evaluation reads them, without dropout and head: a teacher's.
+
+    Returns:
+        (N, N) float32, on the CPU.
+    """
+    embeddings = torch.from_numpy(encoder.encode(sentences))
+    return losses.similarity_matrix(embeddings, embeddings)
+
+
 def curves(
     temperature: float = 0.05,
     m: float = 0.3,
@@ -82,7 +93,8 @@ def curve(points: int = 201, **loss: Any) -> pd.DataFrame:
 
     Args:
         points: how many values of s in [-1, 1].
-        loss: as in `losses.gradient_weights`.
+        loss: as in `losses.gradient_weights`. A margin turns negatives by the whole of it: those
+            that the teacher finds unrelated.
 
     Returns:
         The columns of `curves` but "objective".
@@ -90,7 +102,8 @@ def curve(points: int = 201, **loss: Any) -> pd.DataFrame:
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
     # Row i holds s_i twice: on the diagonal as a positive, in column `points + i` as a negative.
     sim = torch.cat([torch.diag(s)] * 2, dim=1).requires_grad_()
-    logit = losses.logits(sim, **logit_arguments(**loss))
+    arguments = logit_arguments(**loss) | {"teacher": torch.zeros_like(sim)}
+    logit = losses.logits(sim, **arguments)
     (slope,) = torch.autograd.grad(logit.sum(), sim)
     columns = {"similarity": s.numpy()}
     for prefix, diagonal in (("", points), ("positive_", 0)):
@@ -103,27 +116,39 @@ def logit_arguments(
     objective: Objective = "focal_info_nce",
     modulate: Modulate = "both",
     alpha: float = ALPHA,
+    focal_weight: bool = False,
     **others: Any,
 ) -> dict[str, Any]:
-    """What `losses.logits` takes for a loss named as in `losses.gradient_weights`."""
+    """What `losses.logits` takes for a loss named as in `losses.gradient_weights`.
+
+    The focal weight is not among it: it acts on a row's loss as a whole.
+    """
     return others | {
         "modulate": losses.effective_modulation(objective, modulate),
         "alpha": losses.effective_alpha(objective, alpha),
     }
 
 
-def resting_point(m: float = 0.3, stop_gradient: bool = False, **loss: Any) -> float | None:
+def resting_point(
+    m: float = 0.3, stop_gradient: bool = False, margin: float = 0.0, **loss: Any
+) -> float | None:
     """The similarity at which a modulated negative is not pulled: -m/2, or -m with stop_gradient.
 
     Args:
-        m, stop_gradient, loss: as in `losses.gradient_weights`.
+        m, stop_gradient, margin, loss: as in `losses.gradient_weights`. A margin counts in full,
+            as for a negative that the teacher finds unrelated: it rests where it is turned to
+            that point.
 
     Returns:
-        None where the negatives are not modulated.
+        None where the negatives are not modulated, or no angle is turned to that point.
     """
     if logit_arguments(**loss)["modulate"] not in ("both", "negative"):
         return None
-    return -m if stop_gradient else -m / 2
+    rest = -m if stop_gradient else -m / 2
+    if not margin:
+        return rest
+    angle = math.acos(rest) + margin if abs(rest) <= 1 else math.inf
+    return math.cos(angle) if angle <= math.pi else None
 
 
 def candidates(sim: Tensor, sentences: Sequence[str], anchor: int, **loss: Any) -> pd.DataFrame:
@@ -141,7 +166,7 @@ def candidates(sim: Tensor, sentences: Sequence[str], anchor: int, **loss: Any) 
         `loss`). Each probability sums to 1.
     """
     arguments = logit_arguments(**loss)
-    plain = logit_arguments(**loss | {"objective": "info_nce"})
+    plain = logit_arguments(**loss | {"objective": "info_nce", "margin": 0.0})
     table = pd.DataFrame(
         {
             "candidate": range(len(sim)),

@@ -138,7 +138,7 @@ class TrainConfig:
             raise InputError(f"learning_rate must lie between 0 and 1, got {self.learning_rate}")
         for name in ("case_switch", "acceptance"):
             if not 0 <= self.option(name) <= 1:
-                raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must lie between 0 and 1, got {self.option(name)}")
         if not 0 <= self.option("detection") < math.inf:
             raise InputError(
                 f"detection must be a finite number of at least 0, got {self.detection}"

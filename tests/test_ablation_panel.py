@@ -18,6 +18,8 @@ CONTROLS = [
     ("positives", False),
     ("negatives", False),
     ("stop_gradient", True),
+    ("margin", 0.2),
+    ("focal_weight", True),
 ]
 
 
@@ -28,8 +30,13 @@ def sim():
 
 
 @pytest.fixture
-def panel(sim):
-    return AblationPanel(sim, SENTENCES)
+def teacher():
+    return torch.rand(32, 32, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def panel(sim, teacher):
+    return AblationPanel(sim, SENTENCES, teacher)
 
 
 def shown_losses(panel):
@@ -83,14 +90,15 @@ def test_a_preset_sets_the_controls_in_one_redraw(panel, key):
 
 
 @pytest.mark.parametrize("setting", [{}, *({control: value} for control, value in CONTROLS)])
-def test_the_loss_is_what_the_module_takes_and_the_config_trains(panel, setting, sim):
+def test_the_loss_is_what_the_module_takes_and_the_config_trains(panel, setting, sim, teacher):
     for control, value in setting.items():
         getattr(panel, control).value = value
     config = panel.config
     trained = {name: getattr(config, name) for name in ("objective", "temperature", "m", "alpha")}
     trained |= {"modulate": config.modulate, "stop_gradient": config.stop_gradient}
-    weights = losses.gradient_weights(sim, **panel.loss)
-    torch.testing.assert_close(weights, losses.gradient_weights(sim, **trained))
+    trained |= {name: config.option(name) for name in ("margin", "focal_weight")}
+    weights = losses.gradient_weights(sim, **panel.loss, teacher=teacher)
+    torch.testing.assert_close(weights, losses.gradient_weights(sim, **trained, teacher=teacher))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -125,6 +133,48 @@ def test_the_views_show_the_numbers_of_the_module(panel, sim, preset, stop_gradi
         assert losses.gradient_weights(at_rest, **loss)[0, 1] == 0
     else:
         assert "not modulated" in panel._facts.value
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_margin_and_the_focal_weight_show_the_numbers_of_the_module(panel, sim, teacher, preset):
+    panel.set_to(preset)
+    panel.margin.value, panel.focal_weight.value = 0.3, True
+    loss = panel.loss | {"teacher": teacher}
+    assert loss["margin"] == 0.3
+    _, chosen = shown_losses(panel)
+    assert chosen == pytest.approx(losses.loss(sim, **loss).item(), abs=1e-4)
+    heights = [bar.get_height() for bar in panel._bars[1]]
+    np.testing.assert_allclose(heights, 100 * analysis.decile_shares(sim, **loss), rtol=1e-4)
+    rows = losses.logits(sim, **analysis.logit_arguments(**loss))
+    table = panel.table.set_index("candidate").sort_index()
+    np.testing.assert_allclose(table["chosen"], rows.softmax(dim=1)[0], atol=1e-6)
+    np.testing.assert_allclose(table["info_nce"], (sim / 0.05).softmax(dim=1)[0], atol=1e-6)
+    assert "margin" in panel._facts.value
+    assert "focal weight" in panel._facts.value
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_with_a_margin_a_negative_rests_where_the_loss_leaves_it(panel, stop_gradient):
+    panel.margin.value, panel.stop_gradient.value = 0.2, stop_gradient
+    rest = panel._rest.get_xdata()[0]
+    assert f"−{-rest:.3f}" in panel._facts.value
+    at_rest = torch.tensor([[0.9, rest]], dtype=torch.float64)
+    weights = losses.gradient_weights(at_rest, **panel.loss, teacher=torch.zeros(1, 2))
+    assert weights[0, 1].abs() < 1e-12
+
+
+def test_no_resting_point_is_named_where_no_negative_is_turned_to_it(panel):
+    panel.m.value, panel.stop_gradient.value, panel.margin.value = 1.0, True, 0.5
+    assert "no negative is turned to it" in panel._facts.value
+
+
+def test_without_a_teacher_the_margin_rests(sim):
+    panel = AblationPanel(sim, SENTENCES)
+    before = panel.png
+    assert panel.margin.disabled
+    panel.margin.value = 0.3
+    assert panel.png == before
+    assert "margin" not in panel.loss
 
 
 def test_the_table_is_the_softmax_of_the_anchor_chosen(panel, sim):

@@ -198,8 +198,8 @@ def _nearest(encoder: SentenceEncoder, corpus: TokenizedCorpus, k: int) -> np.nd
     for start in range(0, len(corpus), _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, len(corpus)))
         for row, tokens in zip(rows, corpus.batch(rows)[1], strict=True):
-            digest = hashlib.blake2b(np.asarray(tokens, np.int32).tobytes(), digest_size=8)
-            ids[row] = int.from_bytes(digest.digest(), "little", signed=True)
+            short = hashlib.blake2b(np.asarray(tokens, np.int32).tobytes(), digest_size=8)
+            ids[row] = int.from_bytes(short.digest(), "little", signed=True)
     neighbours = retrieval.nearest(embed(encoder, corpus), k, ids, encoder.device)
     if world.is_main_process:
         with writing(path.parent, "name another folder with XDG_CACHE_HOME, or make room"):

@@ -22,16 +22,18 @@ from fcse.losses import loss as batch_loss
 from fcse.recipes import recipe
 from fcse.widgets.pictures import encode, panel
 
+_PLAIN = {
+    "positives": False,
+    "negatives": False,
+    "alpha": 0.0,
+    "margin": 0.0,
+    "focal_weight": False,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "info_nce": {"positives": False, "negatives": False, "alpha": 0.0},
-    "focal_info_nce": {
-        "positives": True,
-        "negatives": True,
-        "stop_gradient": False,
-        "m": 0.3,
-        "alpha": 0.0,
-    },
-    "hardness_info_nce": {"positives": False, "negatives": False, "alpha": analysis.ALPHA},
+    "info_nce": _PLAIN,
+    "focal_info_nce": _PLAIN
+    | {"positives": True, "negatives": True, "stop_gradient": False, "m": 0.3},
+    "hardness_info_nce": _PLAIN | {"alpha": analysis.ALPHA},
 }
 """Objective -> what its button sets; the temperature stays."""
 
@@ -40,6 +42,15 @@ _SYMBOLS = (
     "of the negatives’ modulation; <i>α</i>: hardness weight; sg(·): taken as a constant, no "
     "gradient flows through it; pull: the loss’s derivative by <i>s</i>, slope times softmax "
     "probability. Controls in grey do not act on the loss chosen."
+)
+_MARGIN = (
+    "<br><b>margin</b>: in the logit of a negative <i>s</i> gives way to cos(arccos <i>s</i> − "
+    "(1 − <i>t</i>) · margin) where arccos <i>s</i> exceeds the margin; <i>t</i>: the teacher’s "
+    "similarity of the two sentences, 0 in the curves and for the resting point"
+)
+_FOCAL_WEIGHT = (
+    "<br><b>focal weight</b>: the loss of a row, −log <i>p</i>, is weighed by 1 − <i>p</i>, with "
+    "<i>p</i> the probability of its positive"
 )
 _TOP = 8
 
@@ -55,24 +66,29 @@ class AblationPanel:
 
     The modulation and the hardness weight exclude each other: with a part of the modulation on,
     the loss is Focal-InfoNCE and alpha rests; else alpha above 0 makes it the hardness-weighted
-    softmax, and alpha 0 InfoNCE.
+    softmax, and alpha 0 InfoNCE. The margin (AdapACSE) and the focal weight (Core-tuning) go with
+    each of them.
 
     Attributes:
         widget: what a notebook displays.
-        temperature, m, alpha, positives, negatives, stop_gradient, anchor: the controls; setting
-            `.value` redraws.
+        temperature, m, alpha, margin, positives, negatives, stop_gradient, focal_weight, anchor:
+            the controls; setting `.value` redraws.
         presets: objective -> its button, see `PRESETS`.
         png, alt: the present picture, for readers without a running kernel, and what it shows.
         table: the present candidates, see `analysis.candidates`.
         seconds: how long the last redraw took.
     """
 
-    def __init__(self, sim: Tensor, sentences: Sequence[str]) -> None:
+    def __init__(
+        self, sim: Tensor, sentences: Sequence[str], teacher: Tensor | None = None
+    ) -> None:
         """Build the panel.
 
         Args:
             sim: (N, N) float, a real batch's similarity matrix, positives on the diagonal.
             sentences: the batch, N sentences.
+            teacher: (N, N) float, a teacher's similarities of them, such as
+                `analysis.readout_similarities`; without one the margin rests.
 
         Raises:
             ValueError: `sim` is not square, or has not one row a sentence.
@@ -83,6 +99,7 @@ class AblationPanel:
             )
         # At the lowest temperatures every negative's probability underflows in float32.
         self.sim = sim.double()
+        self._teacher = teacher
         self.sentences = list(sentences)
         self._setting = False
         self._make_controls()
@@ -94,8 +111,8 @@ class AblationPanel:
         self.widget = panel(
             [
                 [widgets.Label("set to"), *self.presets.values()],
-                [self.temperature, self.m, self.alpha],
-                [self.positives, self.negatives, self.stop_gradient],
+                [self.temperature, self.m, self.alpha, self.margin],
+                [self.positives, self.negatives, self.stop_gradient, self.focal_weight],
                 self._facts,
                 self._picture,
                 self.anchor,
@@ -121,9 +138,12 @@ class AblationPanel:
         self.temperature = slider(0.05, "temperature τ", min=0.01, max=0.5, step=0.01)
         self.m = slider(0.3, "m", min=-0.5, max=1.0, step=0.05)
         self.alpha = slider(0.0, "hardness α", min=0.0, max=20.0, step=0.5)
+        self.margin = slider(0.0, "margin [rad]", min=0.0, max=0.5, step=0.05)
+        self.margin.disabled = self._teacher is None
         self.positives = toggle(True, "modulate positives")
         self.negatives = toggle(True, "modulate negatives")
         self.stop_gradient = toggle(False, "stop-gradient")
+        self.focal_weight = toggle(False, "focal weight")
         self.anchor = widgets.Dropdown(
             options=[
                 (f"{i}: {textwrap.shorten(sentence, 90, placeholder=' …')}", i)
@@ -133,8 +153,8 @@ class AblationPanel:
             style={"description_width": "4em"},
             layout={"width": "min(60em, 98%)"},
         )
-        sliders = (self.temperature, self.m, self.alpha)
-        toggles = (self.positives, self.negatives, self.stop_gradient)
+        sliders = (self.temperature, self.m, self.alpha, self.margin)
+        toggles = (self.positives, self.negatives, self.stop_gradient, self.focal_weight)
         for control in (*sliders, *toggles, self.anchor):
             control.observe(lambda _: self.redraw(), names="value")
         self.presets = {}
@@ -145,10 +165,17 @@ class AblationPanel:
 
     @property
     def loss(self) -> dict[str, Any]:
-        """The loss chosen, as arguments of `losses.gradient_weights`: those that act on it."""
+        """The loss chosen, as arguments of `losses.gradient_weights`: those that act on it.
+
+        A margin's teacher is not among them.
+        """
         # A browser may send 0.30000000000000004, which would be another run.
         m, alpha = round(self.m.value, 6), round(self.alpha.value, 6)
         loss: dict[str, Any] = {"temperature": round(self.temperature.value, 6)}
+        if self.margin.value and not self.margin.disabled:
+            loss["margin"] = round(self.margin.value, 6)
+        if self.focal_weight.value:
+            loss["focal_weight"] = True
         modulate = self._modulate
         if modulate == "none":
             if alpha == 0:
@@ -229,14 +256,15 @@ class AblationPanel:
         self.m.disabled = not self.negatives.value
         self.stop_gradient.disabled = self._modulate == "none"
         self.alpha.disabled = not self.stop_gradient.disabled
-        shares = [analysis.decile_shares(self.sim, **each) for each in (reference, loss)]
+        of_batch = loss | {"teacher": self._teacher}
+        shares = [analysis.decile_shares(self.sim, **each) for each in (reference, of_batch)]
         rest = analysis.resting_point(**loss)
         self._draw(analysis.curve(101, **reference), analysis.curve(101, **loss), shares, rest)
-        plain, chosen = (batch_loss(self.sim, **each).item() for each in (reference, loss))
+        plain, chosen = (batch_loss(self.sim, **each).item() for each in (reference, of_batch))
         name, variant = plots.NAMES[loss["objective"]], plots.NAMES[self.config.key]
-        name = name if name == variant else f"{name} ({variant})"
+        name = variant if name in variant else f"{name} ({variant})"
         self._facts.value = _describe(name, loss, rest, plain, chosen)
-        self.table = analysis.candidates(self.sim, self.sentences, self.anchor.value, **loss)
+        self.table = analysis.candidates(self.sim, self.sentences, self.anchor.value, **of_batch)
         self._candidates.value = _candidates_html(self.table, self.anchor.value)
         self.png = encode(self._canvas)
         self.alt = (
@@ -284,16 +312,23 @@ def _describe(
         negative = f"<i>s</i> · ({factor} + <i>m</i>)/<i>τ</i>"
     if alpha:
         negative += " + <i>α</i> · sg(<i>s</i>)"
-    point = "none: the negatives are not modulated"
+    point = "none: " + (
+        "the negatives are not modulated"
+        if modulate in ("none", "positive")
+        else "no negative is turned to it"
+    )
     if rest is not None:
         formula = "−<i>m</i>" if loss["stop_gradient"] else "−<i>m</i>/2"
+        if loss.get("margin"):
+            formula = f"cos(arccos({formula}) + margin)"
         point = f"<i>s</i> = {formula} = {rest + 0:.3f}".replace("-", "−")
     return (
         '<div style="max-width: 75em">'
         f"<b>{html.escape(name)}</b>: logit of a positive {positive}, of a negative {negative}; "
         f"<b>resting point</b> {point}<br>"
         f"<b>loss of this batch</b> [nats]: InfoNCE {plain:.4f}, chosen {chosen:.4f}<br>"
-        f"{_SYMBOLS}</div>"
+        f"{_SYMBOLS}{_MARGIN if loss.get('margin') else ''}"
+        f"{_FOCAL_WEIGHT if loss.get('focal_weight') else ''}</div>"
     )
 
 
