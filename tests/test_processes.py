@@ -61,7 +61,20 @@ def test_negatives_of_other_processes_matter(whole, still_model, corpus):
     assert whole["loss"] > sum(halves) / 2 + 0.1
 
 
-def test_a_run_of_two_processes_is_that_of_one(still_model, corpus, tmp_path):
+NEIGHBOURS = {
+    "objective": "focal_info_nce",
+    "layers": 1,
+    "neighbours": 3,
+    "margin": 0.1,
+    "acceptance": 0.5,
+    "clusters": 4,
+    "cluster_steps": 1,
+    "focal_weight": True,
+}
+
+
+@pytest.mark.parametrize("neighbours", [{}, NEIGHBOURS])
+def test_a_run_of_two_processes_is_that_of_one(neighbours, still_model, corpus, tmp_path):
     config = TrainConfig(
         recipe="minilm-wiki",
         encoder=str(still_model),
@@ -72,10 +85,12 @@ def test_a_run_of_two_processes_is_that_of_one(still_model, corpus, tmp_path):
         learning_rate=1e-3,
         precision="float32",
         output=str(tmp_path / "one"),
+        **neighbours,
     )
     one = train(config)
     names = ("encoder", "corpus", "batch_size", "steps", "eval_steps", "learning_rate", "precision")
-    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names]
+    given = {name: getattr(config, name) for name in names} | neighbours
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     said = launch(2, "-m", "fcse.cli", "train", *flags, f"--output={tmp_path / 'two'}")
     assert said.count("run: ") == 1
     two = read_run(tmp_path / "two")
