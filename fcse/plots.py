@@ -14,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
 
 from fcse.errors import writing
 
@@ -513,12 +514,12 @@ def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Pictur
     """Matrices side by side on one colour scale.
 
     Args:
-        matrices: title -> (N, N) float.
+        matrices: title -> (N, N) float; NaN is left blank.
         label: what a cell holds, with its unit.
     """
     figure, axes = _axes(len(matrices), width=4.4, height=4.0)
-    low = min(x.min() for x in matrices.values())
-    high = max(x.max() for x in matrices.values())
+    low = min(np.nanmin(x) for x in matrices.values())
+    high = max(np.nanmax(x) for x in matrices.values())
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         sns.heatmap(
             matrix,
@@ -536,9 +537,56 @@ def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Pictur
         axis.grid(visible=False)
     figure.alt = f"{label[0].upper()}{label[1:]} of each anchor and candidate. " + " ".join(
         f"{title[0].upper()}{title[1:]}: mean {matrix.diagonal().mean():.2g} on the diagonal, "
-        f"elsewhere {matrix[~np.eye(len(matrix), dtype=bool)].mean():.2g}, "
-        f"at most {matrix[~np.eye(len(matrix), dtype=bool)].max():.2g}."
+        f"elsewhere {np.nanmean(matrix[~np.eye(len(matrix), dtype=bool)]):.2g}, "
+        f"at most {np.nanmax(matrix[~np.eye(len(matrix), dtype=bool)]):.2g}"
+        + (f", {np.isnan(matrix).sum()} cells left blank." if np.isnan(matrix).any() else ".")
         for title, matrix in matrices.items()
+    )
+    return figure
+
+
+@plt.rc_context(STYLE)
+def joined(
+    key: str,
+    plain: Mapping[str, ArrayLike],
+    new: Mapping[str, ArrayLike],
+    xlabel: str = "cosine similarity",
+) -> Picture:
+    """Densities of the similarities in a batch, and of those that another loss makes of it.
+
+    Args:
+        key: that loss, a key of `NAMES`; its colour marks `new`.
+        plain, new: name -> (n,) float, at most two of each.
+    """
+    figure, (axes,) = _axes(width=7.5)
+    said = []
+    for groups, colour in ((plain, "0.35"), (new, COLOURS[key])):
+        for (name, values), line in zip(groups.items(), ("-", ":"), strict=False):
+            x = np.asarray(values)
+            sns.kdeplot(x, ax=axes, color=colour, linestyle=line, label=name, cut=0)
+            said.append(f"{name}: mean {x.mean():.2f}, from {x.min():.2f} to {x.max():.2f}.")
+    axes.set(xlabel=xlabel, ylabel="density", title=NAMES[key])
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.alt = f"{NAMES[key]}: density of the {xlabel}. " + " ".join(said)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def against(key: str, x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str) -> Picture:
+    """One point a pair or a row of a batch, under a loss.
+
+    Args:
+        key: the loss, a key of `NAMES`.
+        x, y: (n,) float each.
+        xlabel, ylabel: what they are, with units.
+    """
+    figure, (axes,) = _axes(width=7.5)
+    x, y = np.asarray(x), np.asarray(y)
+    axes.scatter(x, y, s=14, alpha=0.6, lw=0, color=COLOURS[key], rasterized=True)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=NAMES[key])
+    figure.alt = (
+        f"{NAMES[key]}: {ylabel} over {xlabel}, {len(x)} points. Their rank correlation is "
+        f"{pd.Series(x).corr(pd.Series(y), method='spearman'):+.2f}."
     )
     return figure
 
@@ -743,7 +791,7 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
         xlabel: what to call it, with its unit.
         title: what was run.
     """
-    figure, (axes,) = _axes(width=6.4)
+    figure, (axes,) = _axes(width=7.5)
     for variant, rows in _by(table, "variant"):
         axes.plot(rows[setting], rows["score"], marker=_MARKERS[variant], **_line(variant))
         axes.fill_between(
@@ -755,7 +803,7 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
     axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel="Spearman × 100", title=title)
     axes.title.set_size(10)
-    axes.legend()
+    figure.legend(loc="outside right center")
     figure.alt = f"{title}. " + " ".join(
         f"{NAMES[variant]}: "
         + ", ".join(f"{y:.1f} at {x:g}" for x, y in zip(rows[setting], rows["score"], strict=True))

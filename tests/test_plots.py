@@ -55,6 +55,8 @@ FIGURES = {
     "pull_curves": lambda: plots.pull_curves(analysis.curves(), 0.05, 0.3),
     "curve_families": lambda: plots.curve_families({"m": {0.3: analysis.curves()}}),
     "pull_by_decile": lambda: plots.pull_by_decile(analysis.pull_by_decile(SIM)),
+    "joined": lambda: plots.joined("sscl", {"a": SIM[0].numpy()}, {"b": SIM[1].numpy()}),
+    "against": lambda: plots.against("ifnd", SIM[0].numpy(), SIM[1].numpy(), "s", "t"),
     "similarity_heatmap": lambda: plots.similarity_heatmap({"a": SIM.numpy()}, "cosine"),
     "similarity_distribution": lambda: plots.similarity_distribution(
         pd.DataFrame({"encoder": "info_nce", "kind": "all", "similarity": SIM.flatten().numpy()})
@@ -131,6 +133,15 @@ def test_sentences_of_no_group_are_drawn_grey():
     (axes,) = plots.maps(table, ["a", "b", "c"]).axes
     assert plots.OTHERS not in [c.get_label() for c in axes.collections]
     assert len(set(plots.group_colours("abcdefgh").values())) == 9
+
+
+def test_what_is_left_out_of_a_matrix_is_blank_and_said():
+    matrix = SIM.numpy().copy()
+    matrix[1, 2] = matrix[3, 4] = np.nan
+    alt = plots.similarity_heatmap({"whole": SIM.numpy(), "part": matrix}, "cosine").alt
+    assert alt.endswith("2 cells left blank.")
+    assert alt.count("blank") == 1
+    assert "nan" not in alt
 
 
 @pytest.mark.parametrize("name", FIGURES)
