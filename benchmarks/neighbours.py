@@ -1,0 +1,96 @@
+"""Seconds of a training step with each neighbour, against a loop that knows nothing of them.
+
+The peer is the bare step: encoder, loss, gradients and optimiser, written out. Plain InfoNCE and
+Focal-InfoNCE through `fcse.training.train`, past all that a neighbour could ask for, should cost
+what it costs. Rounds alternate; preparations (CARDS' search, IFND's clusters) are not in a step.
+
+    python benchmarks/neighbours.py
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import replace
+from os import devnull
+from pathlib import Path
+
+import torch
+
+from fcse import losses, speed
+from fcse.data import load_corpus
+from fcse.encoder import SentenceEncoder
+from fcse.neighbours.options import SETTINGS
+from fcse.recipes import recipe
+from fcse.training import train
+
+ROUNDS, STEPS, SENTENCES = 3, 5, 800
+TOGETHER = {"objective": "focal_info_nce", "layers": 1, "neighbours": 8, "acceptance": 0.5}
+CONFIG = replace(recipe("minilm-short"), batch_size=64, steps=STEPS + 1, eval_steps=100)
+
+
+def between(ends: list[float]) -> float:
+    return statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+def bare(sentences: list[str]) -> Callable[[], float]:
+    encoder = SentenceEncoder.from_pretrained("minilm").train()
+    optimizer = torch.optim.AdamW(encoder.parameters(), 3e-5, weight_decay=0.0, fused=True)
+    batches = [encoder.tokenize(sentences[i::STEPS][:64], 32) for i in range(STEPS)]
+
+    def seconds() -> float:
+        ends = [time.perf_counter()]
+        for token_ids in batches:
+            optimizer.zero_grad()
+            with speed.cheap_dropout_in(encoder.backbone):
+                u, v = encoder(token_ids)
+            losses.chunked_loss(u, v, "info_nce").backward()
+            torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+            optimizer.step()
+            ends.append(time.perf_counter())
+        return between(ends)
+
+    return seconds
+
+
+def trained(corpus: Path, settings: dict[str, object]) -> Callable[[], float]:
+    def seconds() -> float:
+        ends: list[float] = []
+        with tempfile.TemporaryDirectory() as folder, redirect_stderr(Path(devnull).open("w")):
+            config = replace(CONFIG, corpus=str(corpus), clusters=50, output=folder + "/run")
+            train(
+                replace(config, cluster_steps=100, **settings),
+                lambda step, encoder: ends.append(time.perf_counter()),
+            )
+        return between(ends)
+
+    return seconds
+
+
+def main() -> None:
+    sentences = load_corpus("wiki-mini")
+    sentences = sentences[:: len(sentences) // SENTENCES][:SENTENCES]
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.txt"
+        corpus.write_text("\n".join(sentences), encoding="utf-8")
+        timed = {"the bare step": bare(sentences)}
+        for name in ("info_nce", "focal_info_nce", *SETTINGS):
+            timed[name] = trained(corpus, {"objective": name})
+        timed["focal_info_nce with sscl, cards and ifnd"] = trained(corpus, TOGETHER)
+        rounds = [{name: step() for name, step in timed.items()} for _ in range(ROUNDS)]
+    print(
+        f"batch {CONFIG.batch_size}, length {CONFIG.max_length}, {ROUNDS} rounds of {STEPS} steps"
+    )
+    for name in timed:
+        ratios = [took[name] / took["the bare step"] for took in rounds]
+        print(
+            f"{name:42}{statistics.median(took[name] for took in rounds):7.3f} s/step   "
+            f"{statistics.median(ratios):.2f}x the bare step ({min(ratios):.2f} to "
+            f"{max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
