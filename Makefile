@@ -18,7 +18,7 @@ app: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/test_browser.py
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_browser.py
 	$(BIN)/pytest tests/test_browser.py
 	$(BIN)/pytest --nbval notebooks
 
