@@ -26,7 +26,7 @@ from fcse.neighbours.options import SETTINGS
 from fcse.recipes import recipe
 from fcse.training import train
 
-ROUNDS, STEPS, SENTENCES = 3, 5, 800
+ROUNDS, STEPS, SENTENCES = 2, 5, 800
 TOGETHER = {"objective": "focal_info_nce", "layers": 1, "neighbours": 8, "acceptance": 0.5}
 CONFIG = replace(recipe("minilm-short"), batch_size=64, steps=STEPS + 1, eval_steps=100)
 
