@@ -535,13 +535,16 @@ def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Pictur
         )
         axis.set(title=title, xlabel="candidate j", ylabel="anchor i")
         axis.grid(visible=False)
-    figure.alt = f"{label[0].upper()}{label[1:]} of each anchor and candidate. " + " ".join(
-        f"{title[0].upper()}{title[1:]}: mean {matrix.diagonal().mean():.2g} on the diagonal, "
-        f"elsewhere {np.nanmean(matrix[~np.eye(len(matrix), dtype=bool)]):.2g}, "
-        f"at most {np.nanmax(matrix[~np.eye(len(matrix), dtype=bool)]):.2g}"
-        + (f", {np.isnan(matrix).sum()} cells left blank." if np.isnan(matrix).any() else ".")
-        for title, matrix in matrices.items()
-    )
+    said = []
+    for title, matrix in matrices.items():
+        others = matrix[~np.eye(len(matrix), dtype=bool)]
+        blank = np.isnan(matrix).sum()
+        said.append(
+            f"{title[0].upper()}{title[1:]}: mean {matrix.diagonal().mean():.2g} on the diagonal, "
+            f"elsewhere {np.nanmean(others):.2g}, at most {np.nanmax(others):.2g}"
+            + (f", {blank} cells left blank." if blank else ".")
+        )
+    figure.alt = f"{label[0].upper()}{label[1:]} of each anchor and candidate. " + " ".join(said)
     return figure
 
 
