@@ -349,10 +349,12 @@ def umap_map(x: np.ndarray, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
 
     Distances of all pairs are held: 4 n^2 bytes.
     """
-    import umap  # compiles on import, which takes seconds
+    with _umap_alone():
+        import umap  # compiles on import, which takes seconds
 
-    reducer = umap.UMAP(n_neighbors=n_neighbors, metric="precomputed", random_state=seed, n_jobs=1)
-    with _quiet_umap():
+        reducer = umap.UMAP(
+            n_neighbors=n_neighbors, metric="precomputed", random_state=seed, n_jobs=1
+        )
         return reducer.fit_transform(_cosine_distances(x))
 
 
@@ -375,14 +377,14 @@ def aligned_maps(
     """
     if len(embeddings) == 1:
         return {name: umap_map(x, n_neighbors, seed) for name, x in embeddings.items()}
-    import umap
-
     distances = [_cosine_distances(x) for x in embeddings.values()]
     same = {i: i for i in range(len(distances[0]))}
-    mapper = umap.AlignedUMAP(
-        n_neighbors=n_neighbors, metric="precomputed", random_state=seed, transform_seed=seed
-    )
-    with _quiet_umap():
+    with _umap_alone():
+        import umap
+
+        mapper = umap.AlignedUMAP(
+            n_neighbors=n_neighbors, metric="precomputed", random_state=seed, transform_seed=seed
+        )
         placed = mapper.fit_transform(distances, relations=[same] * (len(distances) - 1))
     return dict(zip(embeddings, map(np.asarray, placed), strict=True))
 
@@ -397,11 +399,17 @@ def _cosine_distances(x: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _quiet_umap() -> Iterator[None]:
-    # What it warns of is meant: a seed means one thread, and no map is inverted.
+def _umap_alone() -> Iterator[None]:
+    # What it warns of is meant: a seed means one thread, and no map is inverted. Its compiler sets
+    # torch's threads too, and on another number of them sums round otherwise: a run trained after
+    # a map would differ in its last bits from one trained before.
+    threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value|using precomputed metric")
-        yield
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def map_trustworthiness(x: np.ndarray, xy: np.ndarray, k: int = 10) -> float:

@@ -1,5 +1,8 @@
 """Numbers behind the pictures, against brute force."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -165,6 +168,19 @@ def test_aligned_maps_are_deterministic_and_closer_than_maps_of_their_own(models
         return np.mean(ways) / np.mean([np.linalg.norm(x - x.mean(0), axis=1) for x in places])
 
     assert moved(maps) < 0.5 * moved(alone)
+
+
+def test_a_map_leaves_torch_its_number_of_threads():
+    code = (
+        "import numpy, torch; from fcse.analysis import umap_map\n"
+        "umap_map(numpy.random.default_rng(0).normal(size=(40, 8)))\n"
+        "print(torch.get_num_threads())"
+    )
+    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | threads, capture_output=True, text=True
+    )
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_a_single_model_gets_a_map_of_its_own(models):
