@@ -17,6 +17,7 @@ from fcse.analysis import VARIANTS, batch_similarities, rank
 from fcse.config import TrainConfig
 from fcse.data import STS_TASKS, is_file, load_wiki_articles
 from fcse.errors import InputError, writing
+from fcse.neighbours.options import SETTINGS
 from fcse.statistics import compare_seeds, holm
 from fcse.training import TrainResult, read_run
 
@@ -32,17 +33,36 @@ PAIRS = (
     ("info_nce" + TUNED, "focal_info_nce" + TUNED),
 )
 """(baseline, contestant): what the study compares. The last two are the fair opponent's."""
+NEIGHBOUR_PAIRS = (
+    ("info_nce", "focal_info_nce"),
+    *(("info_nce", name) for name in SETTINGS),
+    *(("focal_info_nce", f"focal_info_nce+{name}") for name in SETTINGS),
+    ("focal_info_nce", "focal_info_nce+sscl+cards+ifnd"),
+)
+"""(baseline, contestant): each neighbour alone and with the modulation, and several at once."""
+CONTRASTS = {
+    "contrasts": (("comparison", "second_corpus"), PAIRS, ("avg", "Lee"), "gains"),
+    "neighbours": (("neighbours",), NEIGHBOUR_PAIRS, ("STSBenchmark", "Lee"), "neighbour_gains"),
+}
+"""What `draw` calls the contrasts -> their tables, pairs and scores, and the figure's name."""
 
 
-def read_study(path: Path) -> pd.DataFrame:
-    """A study's CSV with two columns more: "contestant", and "avg" where all STS tasks are there.
+def read_study(*paths: Path) -> pd.DataFrame:
+    """A study's rows with two columns more: "contestant", and "avg" where all STS tasks are there.
 
     A contestant is a key of `analysis.VARIANTS`, with `TUNED` behind it where temperature or m
     are not those of the paper.
 
+    Args:
+        paths: CSV files of grids, one below the other.
+
     Raises:
-        InputError: the file is not there, or is no such table.
+        InputError: a file is not there, or is no such table.
     """
+    return pd.concat(map(_read_grid, paths), ignore_index=True)
+
+
+def _read_grid(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
         tuned = (table["temperature"] != TrainConfig.temperature) | (
@@ -257,11 +277,12 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
     """Draw the study's figures from its tables, each beside the numbers in it.
 
     Args:
-        folder: holds learning_rate.csv, surface.csv, batch_size.csv, comparison.csv and
-            along_training.csv; what is not there is left out.
+        folder: holds learning_rate.csv, surface.csv, batch_size.csv, along_training.csv and the
+            tables of `CONTRASTS`; what is not there is left out.
 
     Returns:
-        Name -> table: "chosen", "surface", "batch_size", "contrasts", "along_training".
+        Name -> table: "chosen", "surface", "batch_size", "along_training" and the names of
+        `CONTRASTS`.
 
     Raises:
         InputError: none of them is there, a table that is none of a study, or a figure that cannot
@@ -286,11 +307,14 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
         title = f"{_what(rows)}, {DEV}: mean and span of seeds"
         picture = plots.by_setting(table, "batch_size", "batch size [sentences]", title)
         plots.save(picture, table, folder / "by_batch_size")
-    if is_file(folder / "comparison.csv"):
-        rows = read_study(folder / "comparison.csv")
-        found["contrasts"] = table = contrasts(rows, PAIRS)
-        title = f"{_what(rows)}: paired over seeds, 95 % intervals"
-        plots.save(plots.gains(table, title), table, folder / "gains")
+    for name, (tables, pairs, scores, figure) in CONTRASTS.items():
+        paths = [folder / f"{table}.csv" for table in tables]
+        paths = [path for path in paths if is_file(path)]
+        if paths:
+            rows = read_study(*paths)
+            found[name] = table = contrasts(rows, pairs, scores)
+            title = f"{_what(rows)}: paired over seeds, 95 % intervals"
+            plots.save(plots.gains(table, title), table, folder / figure)
     if is_file(folder / "along_training.csv"):
         found["along_training"] = table = pd.read_csv(folder / "along_training.csv")
         plots.save(plots.along_training(table), table, folder / "along_training")

@@ -694,6 +694,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
     """
     scores = list(dict.fromkeys(table["score"]))
     corpora = list(dict.fromkeys(table["corpus"]))
+    shades = dict(zip(corpora, np.linspace(1, 0.45, len(corpora)), strict=True))
     pairs = list(dict.fromkeys(zip(table["contestant"], table["baseline"], strict=True)))
     figure, axes = _axes(
         len(scores), width=5.6, height=1.2 + 0.42 * len(pairs) * len(corpora) ** 0.5
@@ -713,7 +714,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
                 markersize=8,
                 capsize=4,
                 linestyle="-",
-                alpha=1 if row.corpus == corpora[0] else 0.55,
+                alpha=shades[row.corpus],
                 **hollow,
             )
         axis.set_yticks(range(len(pairs)), [f"{_named(a)} − {_named(b)}" for a, b in pairs])
@@ -721,6 +722,9 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
         axis.set(title=score, xlabel="difference in Spearman × 100")
     for axis in axes[1:]:
         axis.set_yticklabels([])
+    if len(corpora) > 1:
+        lines = [Line2D([], [], color="black", alpha=shades[corpus]) for corpus in corpora]
+        figure.legend(lines, corpora, title="trained on", loc="outside right center")
     figure.suptitle(title, size=10)
     figure.alt = f"{title}. " + " ".join(
         f"{row.score}, {row.corpus}, {_named(row.contestant)} minus {_named(row.baseline)}: "

@@ -226,9 +226,21 @@ def test_every_picture_says_what_it_shows(write, comparison):
     write("surface", [row("info_nce", 0, t) for t in (0.03, 0.05, 0.1)]
           + [row("focal_info_nce", 0, t, m) for t in (0.03, 0.05) for m in (0, 0.3)])  # fmt: skip
     write("batch_size", [row("info_nce", s) | {"batch_size": n} for s in (0, 1) for n in (16, 32)])
+    write("second_corpus", [row(v, s, corpus="third.txt") for v in ("info_nce", "focal_info_nce")
+                            for s in SEEDS])  # fmt: skip
+    kinds = ("info_nce", "sscl", "focal_info_nce", "focal_info_nce+sscl", "ifnd+sscl")
+    write("neighbours", [row(v, s) for v in kinds for s in SEEDS])
     found = draw(folder)
-    assert set(found) == {"chosen", "surface", "batch_size", "contrasts"}
-    for name in ("by_learning_rate", "score_surface", "by_batch_size", "gains"):
+    assert set(found) == {"chosen", "surface", "batch_size", "contrasts", "neighbours"}
+    assert set(found["contrasts"]["corpus"]) == {"wiki-mini", "other.txt", "third.txt"}
+    compared = found["neighbours"].groupby("score", sort=False)[["baseline", "contestant"]]
+    assert [(score, rows.to_numpy().tolist()) for score, rows in compared] == [
+        (score, [["info_nce", "focal_info_nce"], ["info_nce", "sscl"],
+                 ["focal_info_nce", "focal_info_nce+sscl"]])
+        for score in ("STSBenchmark", "Lee")
+    ]  # fmt: skip
+    figures = ("by_learning_rate", "score_surface", "by_batch_size", "gains", "neighbour_gains")
+    for name in figures:
         assert "InfoNCE" in (folder / f"{name}.svg").read_text().partition("</title>")[0]
         assert len(pd.read_csv(folder / f"{name}.csv"))
 
