@@ -719,7 +719,8 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
             )
         axis.set_yticks(range(len(pairs)), [f"{_named(a)} − {_named(b)}" for a, b in pairs])
         axis.set_ylim(len(pairs) - 0.5, -0.5)
-        axis.set(title=score, xlabel="difference in Spearman × 100")
+        title_of_axis = "mean of the seven STS tasks" if score == "avg" else score
+        axis.set(title=title_of_axis, xlabel="difference in Spearman × 100")
     for axis in axes[1:]:
         axis.set_yticklabels([])
     if len(corpora) > 1:
