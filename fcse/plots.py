@@ -178,6 +178,12 @@ def _line(key: str) -> dict[str, Any]:
     return {"color": COLOURS[key], "label": NAMES[key], "linestyle": _DASHES[key]}
 
 
+def named(contestant: str) -> str:
+    """What figures and tables call a contestant: a key of `NAMES`, " tuned" behind it or not."""
+    key, _, rest = contestant.partition(" ")
+    return f"{NAMES[key]}, {rest}" if rest else NAMES[key]
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder that figures go to.
 
@@ -717,7 +723,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
                 alpha=shades[row.corpus],
                 **hollow,
             )
-        axis.set_yticks(range(len(pairs)), [f"{_named(a)} − {_named(b)}" for a, b in pairs])
+        axis.set_yticks(range(len(pairs)), [f"{named(a)} − {named(b)}" for a, b in pairs])
         axis.set_ylim(len(pairs) - 0.5, -0.5)
         title_of_axis = "mean of the seven STS tasks" if score == "avg" else score
         axis.set(title=title_of_axis, xlabel="difference in Spearman × 100")
@@ -728,16 +734,11 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
         figure.legend(lines, corpora, title="trained on", loc="outside right center")
     figure.suptitle(title, size=10)
     figure.alt = f"{title}. " + " ".join(
-        f"{row.score}, {row.corpus}, {_named(row.contestant)} minus {_named(row.baseline)}: "
+        f"{row.score}, {row.corpus}, {named(row.contestant)} minus {named(row.baseline)}: "
         f"{row.difference:+.2f}, interval {row.low:+.2f} to {row.high:+.2f}."
         for row in table.itertuples()
     )
     return figure
-
-
-def _named(contestant: str) -> str:
-    key, _, rest = contestant.partition(" ")
-    return f"{NAMES[key]}, {rest}" if rest else NAMES[key]
 
 
 @plt.rc_context(STYLE)
