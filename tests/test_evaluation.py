@@ -182,9 +182,10 @@ def test_missing_data_is_refused(minilm):
 
 def test_scores_agree_with_the_senteval_code(minilm, senteval):
     # What the evaluation code of the SimCSE and Focal-InfoNCE repositories gives for these weights.
-    # STSBenchmark and STS16 are asked of the command line, see test_cli.
-    scores = evaluate_sts(minilm, ["SICKRelatedness"], folder=senteval)
+    scores = evaluate_sts(minilm, ["STSBenchmark", "SICKRelatedness"], folder=senteval)
+    assert scores["STSBenchmark"] == pytest.approx(73.5042, abs=0.02)
     assert scores["SICKRelatedness"] == pytest.approx(70.4684, abs=0.02)
+    assert scores["avg"] == pytest.approx((73.5042 + 70.4684) / 2, abs=0.02)
 
 
 def test_the_packaged_encoder_on_the_dev_split(minilm, senteval):

@@ -42,7 +42,7 @@ def panel(config):
     panel.close()
 
 
-def until(condition, seconds=300):
+def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -102,7 +102,7 @@ def test_the_live_curve_is_what_the_run_writes_and_stop_ends_it(panel, tmp_path)
     assert panel._thread is thread
     assert f"of {LONG}" in panel.message
     panel.stop_button.click()
-    panel.wait()
+    panel.wait(20)
     assert not panel.running
     assert panel.message == f"Stopped after {len(panel.live.losses)} steps."
     assert not panel.finished
@@ -200,7 +200,7 @@ def test_the_process_ends_with_whoever_started_it(config, tmp_path):
     child = psutil.Process(int(pid_file.read_text()))
     kernel.kill()
     kernel.wait()
-    assert psutil.wait_procs([child], timeout=60)[1] == []
+    assert psutil.wait_procs([child], timeout=20)[1] == []
     assert len(metrics.read_text().splitlines()) < LONG
 
 
