@@ -31,7 +31,7 @@ def test_every_stored_picture_has_a_text_alternative(path):
     cells = nbformat.read(path, 4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert pictures or path.stem.startswith("app")
+    assert pictures
     for picture in pictures:
         alt = picture.metadata["image/png"]["alt"]
         assert len(alt) > 60
