@@ -1,15 +1,19 @@
-"""The numbers in the README follow from the tables they are of; the files it names exist."""
+"""The numbers in README and notebooks follow from the tables they are of; files named exist."""
 
 import io
 import re
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from fcse import findings, published
+from fcse.config import TrainConfig
 from fcse.plots import NAMES, named
+from fcse.statistics import seeds_needed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -60,7 +64,8 @@ def prose(text):
 
 @pytest.fixture(scope="module")
 def rows():
-    return findings.read_study(ROOT / "figures/study/comparison.csv")
+    study = ROOT / "figures/study"
+    return findings.read_study(study / "comparison.csv", study / "second_corpus.csv")
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +76,17 @@ def contrasts(rows):
 def test_table_of_contrasts(contrasts):
     _, _, *lines = re.findall(r"^\|.*\|$", section("## What the study found"), re.M)
     written = [cells(line) for line in lines]
-    avg, lee = (contrasts[contrasts["score"] == score].itertuples() for score in ("avg", "Lee"))
+    # A column a score and corpus, in the order of the table.
+    columns = [rows.itertuples() for _, rows in contrasts.groupby(["score", "corpus"], sort=False)]
 
     def cell(row):
         star = " *" if row.p_holm < 0.05 else ""
         return f"{row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}){star}"
 
+    assert len(columns) == 4
     assert written == [
-        [f"{named(a.contestant)} − {named(a.baseline)}", cell(a), cell(b)]
-        for a, b in zip(avg, lee, strict=True)
+        [f"{named(row[0].contestant)} − {named(row[0].baseline)}", *map(cell, row)]
+        for row in zip(*columns, strict=True)
     ]
 
 
@@ -90,15 +97,19 @@ def test_what_is_said_of_the_study(rows, contrasts):
     assert by_name["learning_rate"].nunique().eq(1).all()
     assert (rates.drop("positive") == rates["positive"] / 2).all()
     (tuned,) = rows.loc[rows["contestant"] == "info_nce tuned", "temperature"].unique()
-    found = contrasts.set_index(["score", "baseline", "contestant"])["difference"]
-    share = found["avg", "info_nce", "info_nce tuned"] / found["avg", "info_nce", "focal_info_nce"]
-    assert 0.5 < share < 0.67  # "over half"
-    assert found["avg", "info_nce", "positive"] > found["avg", "info_nce", "focal_info_nce"]
+    assert 40 < rows["wall_time_s"].mean() < 80  # "about a minute"
+    by_pair = contrasts.set_index(["score", "baseline", "contestant"]).sort_index()
+    for corpus in rows["corpus"].unique():
+        found = by_pair[by_pair["corpus"] == corpus]["difference"]
+        lead = found["avg", "info_nce", "focal_info_nce"]
+        assert found["avg", "info_nce", "info_nce tuned"] > lead / 2  # "over half"
+        assert found["avg", "info_nce"].idxmax() == "positive"  # "the highest mean"
+    (family,) = contrasts.groupby(["score", "corpus"]).size().unique()
     bert = published.gains().set_index("backbone").loc["bert-base-uncased"]
     expected = [
         f"trained for {steps} steps of {size} sentences",
         f"with {rows['seed'].nunique()} seeds each",
-        f"p < 0.05 after Holm's correction for {(contrasts['score'] == 'avg').sum()} comparisons",
+        f"p < 0.05 after Holm's correction for {family} comparisons",
         f"τ = {tuned:g} in place of 0.05",
         "100 × Spearman, paired over seeds, with 95 % intervals",
         f"The published gain on BERT-base, {bert['gain']:.2f} points over published SimCSE, spans "
@@ -121,3 +132,25 @@ def test_what_is_said_of_published_scores():
         f"points, and Focal-InfoNCE's published gain over published SimCSE is within two of them "
         f"on {within} of the {few[len(gains)]} backbones"
     ) in prose(section("## Is a difference real?"))
+
+
+def test_numbers_that_the_notebook_on_seeds_quotes():
+    """In its prose: those of its findings are printed by its cells, and nbval compares them."""
+    gains = published.gains().set_index("backbone")
+    bert = gains.loc["bert-base-uncased"]
+    point = 97.5  # the upper end of a 95 % interval
+    reach = {n: t.ppf(point / 100, n - 1) for n in (3, 5, 20)}
+    near = (0.66, 0.67)
+    expected = {
+        f"{bert['focal_infonce']:.2f}",
+        f"{bert['simcse']:.2f}",
+        f"{TrainConfig.temperature:g}",
+        f"{point}",
+        *(f"{x:.2f}" for x in reach.values()),
+        *(f"{reach[n] / n**0.5:.2f}" for n in (3, 5)),
+        *map(str, near),
+    }
+    assert [seeds_needed(x, 1) for x in near] == [21, 20]
+    cells = nbformat.read(ROOT / "notebooks/06_is_it_real.ipynb", 4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert set(re.findall(r"\d+\.\d+", text)) == expected
