@@ -773,8 +773,11 @@ def surface(table: pd.DataFrame, title: str) -> Picture:
     right.plot(plain["temperature"], plain["score"], marker="o", **_line("info_nce"))
     right.plot([], [], color=COLOURS["focal_info_nce"], label=NAMES["focal_info_nce"])
     right.set_xscale("log")
-    ticks = sorted({*plain["temperature"], *grid.columns})
-    right.set_xticks(ticks[::2], [f"{t:g}" for t in ticks[::2]])
+    ticks: list[float] = []
+    for temperature in sorted({*plain["temperature"], *grid.columns}):
+        if not ticks or temperature > 1.9 * ticks[-1]:  # room for a label
+            ticks.append(temperature)
+    right.set_xticks(ticks, [f"{t:g}" for t in ticks])
     right.minorticks_off()
     right.set(xlabel="temperature τ (log scale)", ylabel="Spearman × 100")
     right.legend()
