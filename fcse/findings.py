@@ -21,6 +21,8 @@ from fcse.neighbours.options import SETTINGS
 from fcse.statistics import compare_seeds, holm
 from fcse.training import TrainResult, read_run
 
+STUDY = Path(__file__).parents[1] / "figures/study"
+"""Where a checkout of the project has the tables."""
 DEV = "STSBenchmark-dev"
 """What settings are chosen by."""
 TUNED = " tuned"
