@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fcse.cards import write_card
 from fcse.encoder import SentenceEncoder
@@ -24,6 +27,7 @@ from fcse.errors import InputError, writing
 
 _RECORD, _METRICS, _MODEL, _CHECKPOINTS = "run.json", "metrics.jsonl", "model", "checkpoints"
 _RESUME, _TENSORS, _FACTS = "resume", "state.safetensors", "state.json"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class RunFolder:
             raise InputError(f"output {self.path} cannot be read: {error.strerror}") from None
         if not self.path.is_dir():
             raise InputError(f"output {self.path} is a file: name a folder")
-        if not any(self.path.iterdir()):
+        if all(path.name == _LOCK for path in self.path.iterdir()):
             return None
         way_out = "name another output folder, or delete this one"
         try:
@@ -107,6 +111,29 @@ class RunFolder:
                     f"{way_out}"
                 )
         return record if record.get("finished") else None
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep an unfinished run to one process: another that asks for it waits until this ends.
+
+        So two notebooks that are run at once train what both show only once.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        lock = FileLock(self.path / _LOCK)
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                said = f"{self.path} is being trained by another process: waiting for it"
+                tqdm.write(said, file=sys.stderr)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def start(self) -> State | None:
         """Make the folder ready: cut back to its last whole state, or emptied where it has none.
@@ -212,6 +239,8 @@ class RunFolder:
     def drop_states(self) -> None:
         """Remove what only an unfinished run needs."""
         shutil.rmtree(self.path / _RESUME, ignore_errors=True)
+        with suppress(OSError):
+            (self.path / _LOCK).unlink(missing_ok=True)
 
     def drop_models(self) -> None:
         """Remove all weights; record and metrics stay, and the run can be trained again."""

@@ -6,6 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
@@ -92,6 +93,7 @@ def train(
     The same config on the same machine gives the same losses to the last bit, also where a run
     was killed on its way: it goes on from the last scoring whose state is whole.
     Under `accelerate launch` every process calls it: negatives are shared, the first one writes.
+    A run that another process is training is waited for.
 
     Args:
         config: what to run.
@@ -105,7 +107,11 @@ def train(
     """
     folder = run_folder(config)
     if folder.record() is None:
-        _train(config, folder, callback)
+        world = processes.world()
+        with folder.claimed() if world.is_main_process else nullcontext():
+            world.wait_for_everyone()
+            if folder.record() is None:  # else whom we waited for has made it
+                _train(config, folder, callback)
     folder.drop_states()
     return load_run(config)
 

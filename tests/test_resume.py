@@ -112,6 +112,28 @@ def test_killed_at_any_moment_it_ends_as_undisturbed(config, tmp_path, kills, st
     assert not states.exists()
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_who_ask_for_one_run_share_it(config, undisturbed, tmp_path, killed):
+    """The second waits for the first, and takes over where that ends early."""
+    start(["--help"], tmp_path / "errors.txt").join()
+    first = start(flags(config), tmp_path / "first.txt")
+    metrics, waits = tmp_path / "run/metrics.jsonl", tmp_path / "second.txt"
+    while first.is_alive() and not metrics.exists():
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it is still at work when the second comes
+    waits.touch()
+    second = start(flags(config), waits)
+    while second.is_alive() and "trained by another process" not in waits.read_text():
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL if killed else signal.SIGCONT)
+    first.join()
+    second.join()
+    assert first.exitcode == (-signal.SIGKILL if killed else 0)
+    assert second.exitcode == 0
+    assert f"{config.output} is being trained by another process" in waits.read_text()
+    same(load_run(config), undisturbed)
+
+
 def test_it_goes_on_from_the_last_whole_state(config, undisturbed, tmp_path):
     def stop(step, encoder):
         if step == 14:
