@@ -303,6 +303,7 @@ def run_findings(
     for name, said in (
         ("chosen", "learning rate of each objective, best on the dev split"),
         ("contrasts", "over seeds, paired; p_holm is corrected for the number of comparisons"),
+        ("neighbours", "neighbours alone and with the modulation, likewise"),
     ):
         if name in found:
             table = found[name].to_string(index=False, float_format="{:.3g}".format)

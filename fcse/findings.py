@@ -124,31 +124,73 @@ def contrasts(
         ((score, corpus), rows) for score in scores for corpus, rows in table.groupby("corpus")
     ):
         by_seed = family.pivot_table(index="seed", columns="contestant", values=score)
-        found = []
-        for baseline, contestant in pairs:
-            if not {baseline, contestant} <= set(by_seed):
-                continue
-            both = by_seed[[baseline, contestant]].dropna()
-            result = compare_seeds(both[baseline], both[contestant])
-            differences = both[contestant] - both[baseline]
-            found.append(
-                {
-                    "score": score,
-                    "corpus": corpus,
-                    "baseline": baseline,
-                    "contestant": contestant,
-                    "seeds": result.n,
-                    "mean": both[contestant].mean(),
-                    "difference": result.difference,
-                    "low": result.low,
-                    "high": result.high,
-                    "effect": result.difference / differences.std(),
-                    "p": result.p,
-                }
-            )
-        adjusted = holm([row["p"] for row in found])
-        rows += [row | {"p_holm": p} for row, p in zip(found, adjusted, strict=True)]
+        found = [
+            {"score": score, "corpus": corpus, "baseline": baseline, "contestant": contestant}
+            | _paired(by_seed[baseline], by_seed[contestant])
+            for baseline, contestant in pairs
+            if {baseline, contestant} <= set(by_seed)
+        ]
+        rows += _corrected(found)
     return pd.DataFrame(rows)
+
+
+def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
+    """Whether neighbours and the modulation add up: what each gains beside it, less what alone.
+
+    Args:
+        table: as in `contrasts`, with InfoNCE, Focal-InfoNCE, and neighbours with and without it.
+        scores: columns of scores; the neighbours on one score are a family.
+
+    Returns:
+        One row a score and neighbour that ran both ways: "score", "neighbour" and the numbers of
+        `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain beside the
+        modulation.
+
+    Raises:
+        InputError: as in `contrasts`.
+    """
+    rows = []
+    for score in scores:
+        by_seed = table.pivot_table(index="seed", columns="contestant", values=score)
+        found = []
+        for name in SETTINGS:
+            both = f"focal_info_nce+{name}"
+            if {name, both} <= set(by_seed):
+                alone = by_seed[name] - by_seed["info_nce"]
+                beside = by_seed[both] - by_seed["focal_info_nce"]
+                found.append({"score": score, "neighbour": name} | _paired(alone, beside))
+        rows += _corrected(found)
+    return pd.DataFrame(rows)
+
+
+def _paired(baseline: pd.Series, contestant: pd.Series) -> dict[str, float]:
+    """The numbers of one comparison, over the seeds that both have."""
+    both = pd.concat([baseline, contestant], axis=1).dropna().to_numpy().T
+    result = compare_seeds(*both)
+    return {
+        "seeds": result.n,
+        "mean": both[1].mean(),
+        "difference": result.difference,
+        "low": result.low,
+        "high": result.high,
+        "effect": result.difference / np.std(both[1] - both[0], ddof=1),
+        "p": result.p,
+    }
+
+
+def _corrected(family: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """The same rows with Holm's correction for their number."""
+    adjusted = holm([row["p"] for row in family])
+    return [row | {"p_holm": p} for row, p in zip(family, adjusted, strict=True)]
+
+
+def written(table: pd.DataFrame) -> pd.Series:
+    """Differences of `contrasts` as text, "+0.68 (+0.54 to +0.81) *": a star for p_holm < 0.05."""
+    texts = [
+        f"{row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}){' *' * (row.p_holm < 0.05)}"
+        for row in table.itertuples()
+    ]
+    return pd.Series(texts, table.index)
 
 
 def means(table: pd.DataFrame, settings: Sequence[str], score: str = DEV) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from scipy.stats import t
 
 from fcse import findings, published
 from fcse.config import TrainConfig
+from fcse.neighbours.options import SETTINGS
 from fcse.plots import NAMES, named
 from fcse.statistics import seeds_needed
 
@@ -55,6 +56,12 @@ def section(heading):
     return found
 
 
+def table(text):
+    """Rows of the first Markdown table of a section: first cell -> the others."""
+    _, _, *lines = re.search(r"^\|.*?\|$(\n\|.*?\|$)*", text, re.M)[0].splitlines()
+    return {name: row for name, *row in map(cells, lines)}
+
+
 def prose(text):
     """The paragraphs of a section on one line, without tables, code, link targets and emphasis."""
     text = re.sub(r"^(```.*?^```|\|.*?)$", "", text, flags=re.S | re.M)
@@ -74,20 +81,35 @@ def contrasts(rows):
 
 
 def test_table_of_contrasts(contrasts):
-    _, _, *lines = re.findall(r"^\|.*\|$", section("## What the study found"), re.M)
-    written = [cells(line) for line in lines]
     # A column a score and corpus, in the order of the table.
-    columns = [rows.itertuples() for _, rows in contrasts.groupby(["score", "corpus"], sort=False)]
-
-    def cell(row):
-        star = " *" if row.p_holm < 0.05 else ""
-        return f"{row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}){star}"
-
-    assert len(columns) == 4
-    assert written == [
-        [f"{named(row[0].contestant)} − {named(row[0].baseline)}", *map(cell, row)]
-        for row in zip(*columns, strict=True)
+    columns = [
+        rows.assign(
+            names=[f"{named(x.contestant)} − {named(x.baseline)}" for x in rows.itertuples()],
+            written=findings.written(rows),
+        ).set_index("names")["written"]
+        for _, rows in contrasts.groupby(["score", "corpus"], sort=False)
     ]
+    assert len(columns) == 4
+    assert table(section("## What the study found")) == {
+        name: list(row) for name, *row in pd.concat(columns, axis=1).itertuples()
+    }
+
+
+def test_table_of_neighbours(neighbours):
+    gains = neighbours.assign(written=findings.written(neighbours))
+    gains = gains.set_index(["score", "baseline", "contestant"])["written"]
+    expected = {
+        NAMES[name]: [
+            gains[score, base, contestant]
+            for score in ("STSBenchmark", "Lee")
+            for base, contestant in (
+                ("info_nce", name),
+                ("focal_info_nce", f"focal_info_nce+{name}"),
+            )
+        ]
+        for name in SETTINGS
+    }
+    assert table(section("## Neighbours").partition("| added to")[2]) == expected
 
 
 def test_what_is_said_of_the_study(rows, contrasts):

@@ -89,7 +89,7 @@ def _check_k(k: int, ids: Tensor) -> None:
     most = len(ids) - int(repeats.max()) if len(ids) else 0
     if not 1 <= k <= most:
         raise InputError(
-            f"k must be from 1 to {most}, the most neighbours that each of the {len(ids)} "
+            f"neighbours k must be from 1 to {most}, the most that each of the {len(ids)} "
             f"sentences of the corpus has beside itself and its repeats, got {k}"
         )
 
