@@ -184,6 +184,26 @@ def _corrected(family: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     return [row | {"p_holm": p} for row, p in zip(family, adjusted, strict=True)]
 
 
+def alone_and_beside(gains: pd.DataFrame) -> pd.DataFrame:
+    """What each neighbour gains, alone over InfoNCE and beside the modulation over Focal-InfoNCE.
+
+    Args:
+        gains: `contrasts` of `NEIGHBOUR_PAIRS`, on one corpus.
+
+    Returns:
+        One row a contestant without the modulation's key, columns (score, "alone" or "beside") of
+        texts as of `written`; "" where it did not run that way.
+    """
+    table = gains.assign(
+        gain=written(gains),
+        way=gains["baseline"].map({"info_nce": "alone", "focal_info_nce": "beside"}),
+        name=gains["contestant"].str.removeprefix("focal_info_nce+"),
+    )
+    order = dict.fromkeys(table["name"])
+    wide = table.pivot(index="name", columns=["score", "way"], values="gain")
+    return wide.loc[list(order)].fillna("")
+
+
 def written(table: pd.DataFrame) -> pd.Series:
     """Differences of `contrasts` as text, "+0.68 (+0.54 to +0.81) *": a star for p_holm < 0.05."""
     texts = [

@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -70,6 +70,7 @@ class RunFolder:
         self.model = path / _MODEL
         self.identity = identity
         self.defaults = defaults
+        self._lock = FileLock(path / _LOCK)
 
     def record(self) -> dict[str, Any] | None:
         """What run.json holds once this very run has finished, else None.
@@ -112,28 +113,26 @@ class RunFolder:
                 )
         return record if record.get("finished") else None
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keep an unfinished run to one process: another that asks for it waits until this ends.
+    def claim(self) -> None:
+        """Make the folder this process' own, once another that trains the run has ended.
 
         So two notebooks that are run at once train what both show only once.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: it cannot be written.
         """
-        lock = FileLock(self.path / _LOCK)
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0)
             except Timeout:
                 said = f"{self.path} is being trained by another process: waiting for it"
                 tqdm.write(said, file=sys.stderr)
-                lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+                self._lock.acquire()
+
+    def release(self) -> None:
+        """Let others have the folder; harmless where it was not claimed."""
+        self._lock.release()
 
     def start(self) -> State | None:
         """Make the folder ready: cut back to its last whole state, or emptied where it has none.

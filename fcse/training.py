@@ -6,7 +6,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
@@ -106,12 +105,11 @@ def train(
             that is not finite.
     """
     folder = run_folder(config)
-    if folder.record() is None:
-        world = processes.world()
-        with folder.claimed() if world.is_main_process else nullcontext():
-            world.wait_for_everyone()
-            if folder.record() is None:  # else whom we waited for has made it
-                _train(config, folder, callback)
+    try:
+        if folder.record() is None:
+            _train(config, folder, callback)
+    finally:
+        folder.release()
     folder.drop_states()
     return load_run(config)
 
@@ -223,6 +221,11 @@ def _train(
             found, *_ = detection(torch.cat([u, v]), [*token_ids, *token_ids])
         return value + config.option("detection") * found
 
+    if first:
+        folder.claim()
+    world.wait_for_everyone()
+    if folder.record() is not None:
+        return  # by whom we waited for
     world.wait_for_everyone()
     state = folder.start() if first else None
     world.wait_for_everyone()

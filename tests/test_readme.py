@@ -95,21 +95,18 @@ def test_table_of_contrasts(contrasts):
     }
 
 
+@pytest.fixture(scope="module")
+def neighbours():
+    study = findings.read_study(ROOT / "figures/study/neighbours.csv")
+    return findings.contrasts(study, findings.NEIGHBOUR_PAIRS, ("STSBenchmark", "Lee"))
+
+
 def test_table_of_neighbours(neighbours):
-    gains = neighbours.assign(written=findings.written(neighbours))
-    gains = gains.set_index(["score", "baseline", "contestant"])["written"]
-    expected = {
-        NAMES[name]: [
-            gains[score, base, contestant]
-            for score in ("STSBenchmark", "Lee")
-            for base, contestant in (
-                ("info_nce", name),
-                ("focal_info_nce", f"focal_info_nce+{name}"),
-            )
-        ]
-        for name in SETTINGS
+    found = findings.alone_and_beside(neighbours).loc[list(SETTINGS)]
+    columns = [(score, way) for score in ("STSBenchmark", "Lee") for way in ("alone", "beside")]
+    assert table(section("### Which of them help")) == {
+        NAMES[name]: row.tolist() for name, row in found[columns].iterrows()
     }
-    assert table(section("## Neighbours").partition("| added to")[2]) == expected
 
 
 def test_what_is_said_of_the_study(rows, contrasts):
