@@ -19,8 +19,8 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_browser.py
-	$(BIN)/pytest tests/test_browser.py
-	$(BIN)/pytest --nbval notebooks
+	$(BIN)/pytest -n 2 tests/test_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --nbval notebooks
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -693,6 +693,8 @@ def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
 def gains(table: pd.DataFrame, title: str) -> Picture:
     """Paired differences over seeds with their intervals, one line a pair of contestants.
 
+    A line has the colour of the contestant, or of what the contestant adds to its baseline.
+
     Args:
         table: columns "score", "corpus", "baseline", "contestant" (a key of `NAMES`, " tuned"
             behind it or not), "difference", "low", "high", as of `findings.contrasts`.
@@ -709,8 +711,9 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
         axis.axvline(0, color="0.4", lw=1)
         for row in table[table["score"] == score].itertuples():
             shift = corpora.index(row.corpus) - (len(corpora) - 1) / 2
-            key = row.contestant.split(" ")[0]
-            hollow = {"markerfacecolor": "white"} if row.contestant != key else {}
+            key, tuned, _ = row.contestant.partition(" ")
+            key = key.removeprefix(f"{row.baseline}+")
+            hollow = {"markerfacecolor": "white"} if tuned else {}
             axis.errorbar(
                 row.difference,
                 pairs.index((row.contestant, row.baseline)) + 0.28 * shift,

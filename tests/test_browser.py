@@ -52,7 +52,6 @@ def serve(command, port, folder):
     environment = os.environ | {
         "FCSE_RUNS": os.environ.get("FCSE_RUNS", str(folder / "runs")),
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
-        "OMP_NUM_THREADS": "2",
     }
     log = (folder / "server.log").open("w")
     server = subprocess.Popen(
