@@ -109,6 +109,36 @@ def test_table_of_neighbours(neighbours):
     }
 
 
+def test_what_is_said_of_neighbours(neighbours):
+    study = findings.read_study(ROOT / "figures/study/neighbours.csv")
+    (steps,), (size,), (_,) = (study[c].unique() for c in ("steps", "batch_size", "learning_rate"))
+    (seeds,) = neighbours["seeds"].unique()
+    expected = [
+        f"trained for {steps} steps of {size} sentences",
+        f"with {seeds} seeds each",
+        f"correction for {len(neighbours) // 2} comparisons",
+    ]
+    left = prose(section("### Which of them help"))
+    for sentence in expected:
+        assert sentence in left
+        left = left.replace(sentence, "")
+    assert not re.findall(r"[^ ]*\d[^ ]*", left), "numbers that nothing here recomputes"
+
+    told = neighbours[neighbours["p_holm"] < 0.05].set_index("score")
+    gained = told[told["difference"] > 0]["contestant"]
+    assert list(gained["STSBenchmark":"STSBenchmark"]) == ["focal_info_nce"]
+    assert list(gained["Lee":"Lee"]) == ["sscl", "focal_info_nce+core_tuning"]
+    lost = neighbours.set_index(["score", "contestant"])["difference"]
+    assert lost["STSBenchmark"].idxmin() == "core_tuning"
+    lowest = {"cards", "focal_info_nce+cards", "focal_info_nce+sscl+cards+ifnd"}
+    assert set(lost["Lee"].nsmallest(3).index) == lowest
+    alone, beside = lost["STSBenchmark"][["cards", "focal_info_nce+cards"]]
+    assert lost["STSBenchmark"][list(SETTINGS)].idxmax() == "cards"
+    assert beside < alone / 2
+    found = findings.interactions(study, ["STSBenchmark"]).set_index("neighbour")
+    assert found.loc["cards", "p_holm"] < 0.05
+
+
 def test_what_is_said_of_the_study(rows, contrasts):
     (steps,), (size,) = rows["steps"].unique(), rows["batch_size"].unique()
     by_name = rows.groupby("contestant")
