@@ -114,6 +114,21 @@ def test_contrasts_are_paired_and_corrected(comparison):
     assert (focal["p_holm"] < 0.05).all()
 
 
+def test_interactions_are_differences_of_paired_gains(write):
+    kinds = ("info_nce", "focal_info_nce", "sscl", "focal_info_nce+sscl", "ifnd")
+    table = read_study(write("neighbours", [row(v, s) for v in kinds for s in SEEDS]))
+    (found,) = findings.interactions(table, ["Lee"]).itertuples()  # ifnd ran alone only
+    plain, focal, alone, both = (
+        table[table["variant"] == v].sort_values("seed")["Lee"].to_numpy() for v in kinds[:4]
+    )
+    test = scipy.stats.ttest_1samp((both - focal) - (alone - plain), 0)
+    assert (found.score, found.neighbour, found.seeds) == ("Lee", "sscl", len(SEEDS))
+    assert found.mean == pytest.approx((both - focal).mean())
+    assert found.difference == pytest.approx((both - focal - alone + plain).mean())
+    assert (found.p, found.p_holm) == pytest.approx((test.pvalue, test.pvalue))
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval()))
+
+
 def test_the_setting_with_the_best_mean_is_chosen(write):
     rates = {"info_nce": 1e-4, "focal_info_nce": 5e-5}
     rows = [

@@ -69,6 +69,15 @@ def prose(text):
     return " ".join(text.replace("*", "").split())
 
 
+def says_no_other_number(heading, expected):
+    """The section's prose holds each of these sentences, and no number beside those in them."""
+    left = prose(section(heading))
+    for sentence in expected:
+        assert sentence in left
+        left = left.replace(sentence, "")
+    assert not re.findall(r"[^ ]*\d[^ ]*", left), "numbers that nothing here recomputes"
+
+
 @pytest.fixture(scope="module")
 def rows():
     study = ROOT / "figures/study"
@@ -118,11 +127,7 @@ def test_what_is_said_of_neighbours(neighbours):
         f"with {seeds} seeds each",
         f"correction for {len(neighbours) // 2} comparisons",
     ]
-    left = prose(section("### Which of them help"))
-    for sentence in expected:
-        assert sentence in left
-        left = left.replace(sentence, "")
-    assert not re.findall(r"[^ ]*\d[^ ]*", left), "numbers that nothing here recomputes"
+    says_no_other_number("### Which of them help", expected)
 
     told = neighbours[neighbours["p_holm"] < 0.05].set_index("score")
     gained = told[told["difference"] > 0]["contestant"]
@@ -164,11 +169,7 @@ def test_what_is_said_of_the_study(rows, contrasts):
         f"The published gain on BERT-base, {bert['gain']:.2f} points over published SimCSE, spans "
         f"{bert['gain_z']:.1f} standard deviations of 50 seeds of SimCSE",
     ]
-    left = prose(section("## What the study found"))
-    for sentence in expected:
-        assert sentence in left
-        left = left.replace(sentence, "")
-    assert not re.findall(r"[^ ]*\d[^ ]*", left), "numbers that nothing here recomputes"
+    says_no_other_number("## What the study found", expected)
 
 
 def test_what_is_said_of_published_scores():
