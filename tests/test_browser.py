@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from urllib.parse import urljoin
 
 import nbformat
 import pytest
@@ -52,6 +53,7 @@ def serve(command, port, folder):
     environment = os.environ | {
         "FCSE_RUNS": os.environ.get("FCSE_RUNS", str(folder / "runs")),
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
     }
     log = (folder / "server.log").open("w")
     server = subprocess.Popen(
@@ -114,20 +116,29 @@ def app(tmp_path_factory):
     server.wait()
 
 
+def has_kernel(lab):
+    """Whether a kernel idles to which a page has connected.
+
+    Before that JupyterLab calls a notebook idle too, and asks for a kernel when told to run it.
+    """
+    kernels = json.load(urllib.request.urlopen(urljoin(lab, "/api/kernels")))
+    return any(k["execution_state"] == "idle" and k["connections"] for k in kernels)
+
+
 def run_all(page, lab, name):
     """Open a notebook, run all its cells, wait for the last; no error, no picture without words."""
     page.goto(f"{lab}/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
-    prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
-    for _ in range(5):  # a command that comes while JupyterLab still starts may be lost
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-        page.wait_for_timeout(5000)
-        if any(re.search(r"[*\d]", text) for text in prompts.all_inner_texts()):
+    for _ in range(360):
+        page.wait_for_timeout(500)
+        if has_kernel(lab):
             break
     else:
-        raise AssertionError("no cell starts to run")
+        raise AssertionError("no kernel within three minutes")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+    prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
     for _ in range(15 * 60):
         page.wait_for_timeout(1000)
         if all(re.search(r"\d", text) for text in prompts.all_inner_texts()):
