@@ -121,7 +121,8 @@ def has_kernel(lab):
 
     Before that JupyterLab calls a notebook idle too, and asks for a kernel when told to run it.
     """
-    kernels = json.load(urllib.request.urlopen(urljoin(lab, "/api/kernels")))
+    sessions = json.load(urllib.request.urlopen(urljoin(lab, "/api/sessions")))
+    kernels = [session["kernel"] for session in sessions]
     return any(k["execution_state"] == "idle" and k["connections"] for k in kernels)
 
 
