@@ -42,6 +42,8 @@ NEIGHBOUR_PAIRS = (
     ("focal_info_nce", "focal_info_nce+sscl+cards+ifnd"),
 )
 """(baseline, contestant): each neighbour alone and with the modulation, and several at once."""
+RATES = ("learning_rate", "neighbour_rates")
+"""Tables that a learning rate is chosen from."""
 CONTRASTS = {
     "contrasts": (("comparison", "second_corpus"), PAIRS, ("avg", "Lee"), "gains"),
     "neighbours": (("neighbours",), NEIGHBOUR_PAIRS, ("STSBenchmark", "Lee"), "neighbour_gains"),
@@ -341,8 +343,8 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
     """Draw the study's figures from its tables, each beside the numbers in it.
 
     Args:
-        folder: holds learning_rate.csv, surface.csv, batch_size.csv, along_training.csv and the
-            tables of `CONTRASTS`; what is not there is left out.
+        folder: holds surface.csv, batch_size.csv, along_training.csv and the tables of `RATES` and
+            `CONTRASTS`; what is not there is left out.
 
     Returns:
         Name -> table: "chosen", "surface", "batch_size", "along_training" and the names of
@@ -353,11 +355,13 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
             be written.
     """
     found: dict[str, pd.DataFrame] = {}
+    rates = [path for name in RATES if is_file(path := folder / f"{name}.csv")]
+    if rates:
+        found["chosen"] = chosen(read_study(*rates), ["learning_rate"])
     if is_file(folder / "learning_rate.csv"):
-        rates = read_study(folder / "learning_rate.csv")
-        found["chosen"] = chosen(rates, ["learning_rate"])
-        table = means(rates, ["learning_rate"])
-        title = f"{_what(rates)}, {DEV}: mean and span of seeds"
+        rows = read_study(folder / "learning_rate.csv")
+        table = means(rows, ["learning_rate"])
+        title = f"{_what(rows)}, {DEV}: mean and span of seeds"
         picture = plots.by_setting(table, "learning_rate", "peak learning rate", title)
         plots.save(picture, table, folder / "by_learning_rate")
     if is_file(folder / "surface.csv"):

@@ -238,6 +238,7 @@ def test_every_picture_says_what_it_shows(write, comparison):
     folder = comparison.parent
     write("learning_rate", [row(v, s, learning_rate=r) for v in ("info_nce", "focal_info_nce")
                             for s in (0, 1) for r in (2e-5, 5e-5)])  # fmt: skip
+    write("neighbour_rates", [row("sscl", 0, learning_rate=r, lift=r) for r in (2e-5, 5e-5)])
     write("surface", [row("info_nce", 0, t) for t in (0.03, 0.05, 0.1)]
           + [row("focal_info_nce", 0, t, m) for t in (0.03, 0.05) for m in (0, 0.3)])  # fmt: skip
     write("batch_size", [row("info_nce", s) | {"batch_size": n} for s in (0, 1) for n in (16, 32)])
@@ -247,6 +248,9 @@ def test_every_picture_says_what_it_shows(write, comparison):
     write("neighbours", [row(v, s) for v in kinds for s in SEEDS])
     found = draw(folder)
     assert set(found) == {"chosen", "surface", "batch_size", "contrasts", "neighbours"}
+    best = found["chosen"].set_index("variant")["learning_rate"]
+    assert set(best.index) == {"info_nce", "focal_info_nce", "sscl"}
+    assert best["sscl"] == 5e-5
     assert set(found["contrasts"]["corpus"]) == {"wiki-mini", "other.txt", "third.txt"}
     compared = found["neighbours"].groupby("score", sort=False)[["baseline", "contestant"]]
     assert [(score, rows.to_numpy().tolist()) for score, rows in compared] == [
