@@ -355,9 +355,8 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
             be written.
     """
     found: dict[str, pd.DataFrame] = {}
-    rates = [path for name in RATES if is_file(path := folder / f"{name}.csv")]
-    if rates:
-        found["chosen"] = chosen(read_study(*rates), ["learning_rate"])
+    if paths := _tables(folder, RATES):
+        found["chosen"] = chosen(read_study(*paths), ["learning_rate"])
     if is_file(folder / "learning_rate.csv"):
         rows = read_study(folder / "learning_rate.csv")
         table = means(rows, ["learning_rate"])
@@ -376,9 +375,7 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
         picture = plots.by_setting(table, "batch_size", "batch size [sentences]", title)
         plots.save(picture, table, folder / "by_batch_size")
     for name, (tables, pairs, scores, figure) in CONTRASTS.items():
-        paths = [folder / f"{table}.csv" for table in tables]
-        paths = [path for path in paths if is_file(path)]
-        if paths:
+        if paths := _tables(folder, tables):
             rows = read_study(*paths)
             found[name] = table = contrasts(rows, pairs, scores)
             title = f"{_what(rows)}: paired over seeds, 95 % intervals"
@@ -389,6 +386,11 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
     if not found:
         raise InputError(f"{folder} holds no table of a study: run one of its grids first")
     return found
+
+
+def _tables(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Those of the tables that are there."""
+    return [path for name in names if is_file(path := folder / f"{name}.csv")]
 
 
 def _what(rows: pd.DataFrame) -> str:

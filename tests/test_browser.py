@@ -130,12 +130,7 @@ def run_all(page, lab, name):
     """Open a notebook, run all its cells, wait for the last; no error, no picture without words."""
     page.goto(f"{lab}/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    for _ in range(360):
-        page.wait_for_timeout(500)
-        if has_kernel(lab):
-            break
-    else:
-        raise AssertionError("no kernel within three minutes")
+    when_changed(page, lambda: has_kernel(lab), before=False)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
     prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
     page.get_by_role("menuitem", name="Run", exact=True).click()

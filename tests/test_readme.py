@@ -80,7 +80,7 @@ def says_no_other_number(heading, expected):
 
 @pytest.fixture(scope="module")
 def rows():
-    study = ROOT / "figures/study"
+    study = findings.STUDY
     return findings.read_study(study / "comparison.csv", study / "second_corpus.csv")
 
 
@@ -105,9 +105,13 @@ def test_table_of_contrasts(contrasts):
 
 
 @pytest.fixture(scope="module")
-def neighbours():
-    study = findings.read_study(ROOT / "figures/study/neighbours.csv")
-    return findings.contrasts(study, findings.NEIGHBOUR_PAIRS, ("STSBenchmark", "Lee"))
+def neighbour_rows():
+    return findings.read_study(findings.STUDY / "neighbours.csv")
+
+
+@pytest.fixture(scope="module")
+def neighbours(neighbour_rows):
+    return findings.contrasts(neighbour_rows, findings.NEIGHBOUR_PAIRS, ("STSBenchmark", "Lee"))
 
 
 def test_table_of_neighbours(neighbours):
@@ -120,7 +124,7 @@ def test_table_of_neighbours(neighbours):
 
 @pytest.mark.parametrize("name", ["comparison", "second_corpus", "neighbours"])
 def test_each_has_the_learning_rate_chosen_for_it(name):
-    study = ROOT / "figures/study"
+    study = findings.STUDY
     searched = findings.read_study(*(study / f"{rates}.csv" for rates in findings.RATES))
     chosen = findings.chosen(searched, ["learning_rate"]).set_index("variant")["learning_rate"]
     used = findings.read_study(study / f"{name}.csv")
@@ -131,9 +135,8 @@ def test_each_has_the_learning_rate_chosen_for_it(name):
         assert set(rates) == {chosen.get(variant, chosen[baseline])}
 
 
-def test_what_is_said_of_neighbours(neighbours):
-    study = findings.read_study(ROOT / "figures/study/neighbours.csv")
-    (steps,), (size,) = (study[column].unique() for column in ("steps", "batch_size"))
+def test_what_is_said_of_neighbours(neighbour_rows, neighbours):
+    (steps,), (size,) = (neighbour_rows[column].unique() for column in ("steps", "batch_size"))
     (seeds,) = neighbours["seeds"].unique()
     expected = [
         f"trained for {steps} steps of {size} sentences",
@@ -155,9 +158,9 @@ def test_what_is_said_of_neighbours(neighbours):
     assert beside < 0 < alone
     alone, beside = lost["STSBenchmark"][["core_tuning", "focal_info_nce+core_tuning"]]
     assert alone < beside < 0
-    found = findings.interactions(study, ["STSBenchmark"]).set_index("neighbour")
+    found = findings.interactions(neighbour_rows, ["STSBenchmark"]).set_index("neighbour")
     assert set(found.index[found["p_holm"] < 0.05]) == {"cards", "core_tuning"}
-    times = study.groupby("contestant")["wall_time_s"].mean()
+    times = neighbour_rows.groupby("contestant")["wall_time_s"].mean()
     assert 8 < times["ifnd"] / times["info_nce"] < 12  # "ten times as slow"
 
 
