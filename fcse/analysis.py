@@ -1,10 +1,10 @@
 """What a loss does to a batch, and what training did to a space: numbers behind the pictures."""
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,24 +12,12 @@ import torch
 from torch import Tensor
 
 from fcse import losses
-from fcse.encoder import SentenceEncoder
-from fcse.losses import ALPHA, Modulate, Objective
+from fcse.encoder.sentence_encoder import SentenceEncoder
+from fcse.losses import PLAIN, Columns
+from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, name, named
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "info_nce": {"objective": "info_nce"},
-    "focal_info_nce": {"objective": "focal_info_nce"},
-    "positive": {"modulate": "positive"},
-    "negative": {"modulate": "negative"},
-    "stop_gradient": {"stop_gradient": True},
-    "hardness_info_nce": {"objective": "hardness_info_nce"},
-}
-"""Key of the figures -> what sets it apart among the arguments of `losses.gradient_weights`."""
-
-
-def rank(key: str) -> int:
-    """Where figures and tables put a loss: in the order of `VARIANTS`, what is not in it behind."""
-    keys = [*VARIANTS, key]
-    return keys.index(key)
+COMPARED = ("info_nce", "focal_info_nce")
+"""The losses that pictures set side by side where none are named."""
 
 
 def batch_similarities(
@@ -65,217 +53,187 @@ def readout_similarities(encoder: SentenceEncoder, sentences: Sequence[str]) -> 
     return losses.similarity_matrix(embeddings, embeddings)
 
 
-def curves(
-    temperature: float = 0.05,
-    m: float = 0.3,
-    objectives: Sequence[str] = ("info_nce", "focal_info_nce"),
-    points: int = 201,
-) -> pd.DataFrame:
+def curve(objective: Any, columns: Columns = PLAIN, points: int = 201) -> pd.DataFrame:
     """Logit and slope of one similarity s in [-1, 1], as a negative and as a positive.
 
     Args:
-        temperature, m: as in `losses.logits`.
-        objectives: keys out of `VARIANTS`.
+        objective: a value or a name.
+        columns: its turns are applied, such as a margin.
         points: how many values of s.
 
     Returns:
-        Columns "objective", "similarity", "logit", "slope" (of a negative), "positive_logit",
+        Columns "similarity", "logit", "slope" (of a negative), "positive_logit",
         "positive_slope".
     """
-    tables = {
-        key: curve(points, temperature=temperature, m=m, **VARIANTS[key]) for key in objectives
-    }
-    return pd.concat(tables, names=["objective"]).reset_index("objective").reset_index(drop=True)
-
-
-def curve(points: int = 201, **loss: Any) -> pd.DataFrame:
-    """Logit and slope of one similarity under one loss: `curves` for any parameters.
-
-    Args:
-        points: how many values of s in [-1, 1].
-        loss: as in `losses.gradient_weights`. A margin turns negatives by the whole of it: those
-            that the teacher finds unrelated.
-
-    Returns:
-        The columns of `curves` but "objective".
-    """
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
-    # Row i holds s_i twice: on the diagonal as a positive, in column `points + i` as a negative.
-    sim = torch.cat([torch.diag(s)] * 2, dim=1).requires_grad_()
-    arguments = logit_arguments(**loss) | {"teacher": torch.zeros_like(sim)}
-    logit = losses.logits(sim, **arguments)
-    (slope,) = torch.autograd.grad(logit.sum(), sim)
-    columns = {"similarity": s.numpy()}
+    logit, slope = _logits_and_slopes(s, objective, columns)
+    found = {"similarity": s.numpy()}
     for prefix, diagonal in (("", points), ("positive_", 0)):
-        columns[f"{prefix}logit"] = logit.detach().diagonal(diagonal).numpy()
-        columns[f"{prefix}slope"] = slope.diagonal(diagonal).numpy()
-    return pd.DataFrame(columns)
+        found[f"{prefix}logit"] = logit.diagonal(diagonal).numpy()
+        found[f"{prefix}slope"] = slope.diagonal(diagonal).numpy()
+    return pd.DataFrame(found)
 
 
-def logit_arguments(
-    objective: Objective = "focal_info_nce",
-    modulate: Modulate = "both",
-    alpha: float = ALPHA,
-    focal_weight: bool = False,
-    **others: Any,
-) -> dict[str, Any]:
-    """What `losses.logits` takes for a loss named as in `losses.gradient_weights`.
-
-    The focal weight is not among it: it acts on a row's loss as a whole.
-    """
-    return others | {
-        "modulate": losses.effective_modulation(objective, modulate),
-        "alpha": losses.effective_alpha(objective, alpha),
-    }
+def _logits_and_slopes(s: Tensor, objective: Any, columns: Columns) -> tuple[Tensor, Tensor]:
+    """(P, 2 P) each: row i holds s_i twice, on the diagonal as a positive, and P behind it."""
+    sim = torch.cat([torch.diag(s)] * 2, dim=1).requires_grad_()
+    logit = losses.logits(sim, objective, replace(columns, sentence_ids=None))
+    (slope,) = torch.autograd.grad(logit.sum(), sim)
+    return logit.detach(), slope
 
 
-def resting_point(
-    m: float = 0.3, stop_gradient: bool = False, margin: float = 0.0, **loss: Any
-) -> float | None:
-    """The similarity at which a modulated negative is not pulled: -m/2, or -m with stop_gradient.
+def curves(objectives: Sequence[Any] = COMPARED, points: int = 201) -> pd.DataFrame:
+    """`curve` of several objectives, one below the other under their "name"."""
+    return pd.concat([curve(o, points=points).assign(name=name(named(o))) for o in objectives])
+
+
+def resting_point(objective: Any, columns: Columns = PLAIN) -> float | None:
+    """The similarity at which a negative is not pulled, and drawn to its anchor below.
+
+    That is -m/2 for Focal-InfoNCE, -m with its stop_gradient. Found for any objective where the
+    slope of a negative's logit turns from below 0 to above.
 
     Args:
-        m, stop_gradient, margin, loss: as in `losses.gradient_weights`. A margin counts in full,
-            as for a negative that the teacher finds unrelated: it rests where it is turned to
-            that point.
+        objective: a value or a name.
+        columns: its turns are applied, such as a margin.
 
     Returns:
-        None where the negatives are not modulated, or no angle is turned to that point.
+        None where the slope does not turn between -1 and 1.
     """
-    if logit_arguments(**loss)["modulate"] not in ("both", "negative"):
-        return None
-    rest = -m if stop_gradient else -m / 2
-    if not margin:
-        return rest
-    angle = math.acos(rest) + margin if abs(rest) <= 1 else math.inf
-    return math.cos(angle) if angle <= math.pi else None
+    low, high = -1.0, 1.0
+    for _ in range(6):
+        s = torch.linspace(low, high, 65, dtype=torch.float64)
+        slope = _logits_and_slopes(s, objective, columns)[1].diagonal(65)
+        turns = ((slope[:-1] < 0) & (slope[1:] >= 0)).nonzero()
+        if not len(turns):
+            return None
+        i = int(turns[0])
+        low, high = s[i].item(), s[i + 1].item()
+        rest = low - (high - low) * (slope[i] / (slope[i + 1] - slope[i])).item()
+    return rest
 
 
-def candidates(sim: Tensor, sentences: Sequence[str], anchor: int, **loss: Any) -> pd.DataFrame:
+def plain(objective: Any) -> InfoNCE:
+    """InfoNCE at an objective's temperature, at its own where that has none."""
+    return InfoNCE(getattr(objective, "temperature", InfoNCE.temperature))
+
+
+def candidates(
+    sim: Tensor,
+    sentences: Sequence[str],
+    anchor: int,
+    objective: Any,
+    columns: Columns = PLAIN,
+) -> pd.DataFrame:
     """The softmax of one row: how likely each candidate counts as the anchor's other view.
 
     Args:
         sim: (N, N) float, positives on the diagonal.
         sentences: the batch, N sentences.
         anchor: the row, 0 to N - 1.
-        loss: as in `losses.gradient_weights`.
+        objective, columns: as in `losses.gradient_weights`.
 
     Returns:
         N rows, most similar first: "candidate" (the column of `sim`), "sentence", "similarity",
-        "info_nce" (its probability under InfoNCE at the same temperature), "chosen" (under
-        `loss`). Each probability sums to 1.
+        "plain" (its probability under InfoNCE at the same temperature), "chosen" (under the
+        objective). Each probability sums to 1.
     """
-    arguments = logit_arguments(**loss)
-    plain = logit_arguments(**loss | {"objective": "info_nce", "margin": 0.0})
     table = pd.DataFrame(
         {
             "candidate": range(len(sim)),
             "sentence": list(sentences),
             "similarity": sim[anchor].numpy(),
-            "info_nce": losses.logits(sim, **plain)[anchor].softmax(dim=0).numpy(),
-            "chosen": losses.logits(sim, **arguments)[anchor].softmax(dim=0).numpy(),
+            "plain": losses.logits(sim, plain(objective))[anchor].softmax(dim=0).numpy(),
+            "chosen": losses.logits(sim, objective, columns)[anchor].softmax(dim=0).numpy(),
         }
     )
     return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
 
 
 def negative_pulls(
-    sim: Tensor, objective: Objective = "focal_info_nce", **loss: Any
+    sim: Tensor, objective: Any, columns: Columns = PLAIN
 ) -> tuple[np.ndarray, np.ndarray]:
     """Similarity of every negative of a batch and dL/ds of its anchor's own loss.
 
     Args:
         sim: (N, M) float, positives on the diagonal.
-        objective: the loss.
-        loss: its parameters, as in `losses.gradient_weights`.
+        objective, columns: as in `losses.gradient_weights`.
 
     Returns:
         similarities, pulls: (N * (M - 1),) float each, row by row. A pull is N times the entry of
         `losses.gradient_weights`: that of one row, before the mean.
     """
-    weights = len(sim) * losses.gradient_weights(sim, objective, **loss)
+    weights = len(sim) * losses.gradient_weights(sim, objective, columns)
     negative = ~torch.eye(*sim.shape, dtype=torch.bool)
     return sim[negative].numpy(), weights[negative].numpy()
 
 
-def decile_shares(sim: Tensor, **loss: Any) -> np.ndarray:
+def tenths(s: np.ndarray) -> list[np.ndarray]:
+    """The places of ten equal parts of some similarities, from the least to the hardest tenth."""
+    return np.array_split(np.argsort(s, kind="stable"), 10)
+
+
+def decile_shares(sim: Tensor, objective: Any, columns: Columns = PLAIN) -> np.ndarray:
     """Share of the absolute pull on all negatives that each tenth of them gets: (10,), sums to 1.
 
-    Args:
-        sim: (N, M) float, positives on the diagonal.
-        loss: as in `negative_pulls`. Tenths run from the least similar to the hardest.
+    Arguments as in `negative_pulls`. Tenths run from the least similar to the hardest.
     """
-    s, pull = negative_pulls(sim, **loss)
-    pull = np.abs(pull)[np.argsort(s, kind="stable")]
-    return np.array([tenth.sum() for tenth in np.array_split(pull, 10)]) / pull.sum()
+    s, pull = negative_pulls(sim, objective, columns)
+    pull = np.abs(pull)
+    return np.array([pull[tenth].sum() for tenth in tenths(s)]) / pull.sum()
 
 
-def pull_by_decile(
-    sim: Tensor,
-    temperature: float = 0.05,
-    m: float = 0.3,
-    objectives: Sequence[str] = ("info_nce", "focal_info_nce"),
-) -> pd.DataFrame:
+def hardest_share(sim: Tensor, objective: Any, columns: Columns = PLAIN) -> float:
+    """Share of the absolute pull on negatives that the hardest tenth of them gets: 0 to 1."""
+    return float(decile_shares(sim, objective, columns)[-1])
+
+
+def pull_by_decile(sim: Tensor, objectives: Sequence[Any] = COMPARED) -> pd.DataFrame:
     """How the pull on negatives spreads over deciles of similarity, for several losses.
 
     Args:
         sim: (N, M) float, positives on the diagonal.
-        temperature, m: as in `losses.logits`.
-        objectives: keys out of `VARIANTS`.
+        objectives: values or names.
 
     Returns:
-        Columns "objective", "decile" (1 to 10, 10 = most similar), "share" (of the absolute pull
-        on all negatives, 0 to 1), "similarity" (mean in the decile).
+        Columns "name" (of the loss), "decile" (1 to 10, 10 = most similar), "share" (of the
+        absolute pull on all negatives, 0 to 1), "similarity" (mean in the decile).
     """
-    s = np.sort(sim[~torch.eye(*sim.shape, dtype=torch.bool)].numpy())
+    s = sim[~torch.eye(*sim.shape, dtype=torch.bool)].numpy()
     return pd.concat(
         [
             pd.DataFrame(
                 {
-                    "objective": key,
+                    "name": name(named(objective)),
                     "decile": range(1, 11),
-                    "similarity": [tenth.mean() for tenth in np.array_split(s, 10)],
-                    "share": decile_shares(sim, temperature=temperature, m=m, **VARIANTS[key]),
+                    "similarity": [s[tenth].mean() for tenth in tenths(s)],
+                    "share": decile_shares(sim, objective),
                 }
             )
-            for key in objectives
+            for objective in objectives
         ],
         ignore_index=True,
     )
 
 
-def hardest_share(
-    sim: Tensor,
-    objective: Objective = "focal_info_nce",
-    temperature: float = 0.05,
-    m: float = 0.3,
-    modulate: Modulate = "both",
-    fraction: float = 0.1,
-) -> float:
-    """Share of the absolute pull on negatives that the hardest `fraction` of them get: 0 to 1."""
-    s, pull = negative_pulls(sim, objective, temperature=temperature, m=m, modulate=modulate)
-    hardest = np.argsort(-s, kind="stable")[: round(fraction * len(s))]
-    return float(np.abs(pull[hardest]).sum() / np.abs(pull).sum())
-
-
 def anchor_negatives(
-    sim: Tensor, anchor: int, temperature: float = 0.05, m: float = 0.3
+    sim: Tensor, anchor: int, objectives: Sequence[Any] = tuple(OBJECTIVES)
 ) -> pd.DataFrame:
-    """The negatives of one anchor with their pull under each of the three objectives.
+    """The negatives of one anchor with their pull under each of several objectives.
 
     Args:
         sim: (N, N) float, positives on the diagonal.
         anchor: the row, 0 to N - 1.
-        temperature, m: as in `losses.logits`; the hardness weight is `ALPHA`.
+        objectives: values or names.
 
     Returns:
         N - 1 rows, most similar first: "negative" (the column of `sim`), "similarity", and a pull
         under the name of each objective, see `negative_pulls`.
     """
     row = {"negative": range(len(sim)), "similarity": sim[anchor].numpy()}
-    for objective in get_args(Objective):
-        weights = losses.gradient_weights(sim, objective, temperature, m, alpha=ALPHA)
-        row[objective] = len(sim) * weights[anchor].numpy()
+    for objective in objectives:
+        weights = losses.gradient_weights(sim, objective)
+        row[name(named(objective))] = len(sim) * weights[anchor].numpy()
     table = pd.DataFrame(row).drop(index=anchor)
     return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
 
@@ -300,6 +258,49 @@ def likely_false_negatives(
     found = (titles[i] == titles[j]) & (similarity >= np.quantile(similarity, quantile))
     table = pd.DataFrame({"i": i[found], "j": j[found], "similarity": similarity[found]})
     return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
+
+
+def false_negative_share(sim: Tensor, labels: Sequence[str], objective: Any) -> float:
+    """Share of the absolute pull on all negatives that `likely_false_negatives` get: 0 to 1."""
+    found = likely_false_negatives(sim, labels)
+    pull = losses.gradient_weights(sim, objective).fill_diagonal_(0).abs()
+    i, j = found["i"].to_numpy(), found["j"].to_numpy()
+    return float((pull[i, j].sum() + pull[j, i].sum()) / pull.sum())
+
+
+def effects(
+    sim: Tensor, labels: Sequence[str], objective: Any, columns: Columns = PLAIN
+) -> dict[str, float]:
+    """How a loss acts on a batch, in numbers.
+
+    Args:
+        sim: (N, N) float, positives on the diagonal.
+        labels: N labels, such as the article of each sentence.
+        objective, columns: as in `losses.gradient_weights`.
+
+    Returns:
+        effective_temperature: one over the slope of the logits, which is 1 / tau for InfoNCE and
+        (2 s + m) / tau for modulated negatives, averaged over the negatives by their softmax
+        weight. hardest: the share of the absolute pull on negatives that the hardest tenth gets;
+        hardest_plain: the same under InfoNCE at that temperature. below: the share of negatives
+        below the resting point; towards: the share of the absolute pull that draws negatives
+        closer. same_article: the share of the hardest tenth that is of its anchor's own label;
+        same_article_pull: the share of the absolute pull on negatives that these take.
+    """
+    s, pull = negative_pulls(sim, objective, columns)
+    negatives = ~np.eye(len(sim), dtype=bool)
+    p = losses.logits(sim, objective, columns).softmax(dim=1).numpy()[negatives]
+    same = np.equal.outer(np.asarray(labels), np.asarray(labels))[negatives]
+    rest = resting_point(objective, columns)
+    return {
+        "effective_temperature": float(p.sum() / pull.sum()),
+        "hardest": hardest_share(sim, objective, columns),
+        "hardest_plain": hardest_share(sim, plain(objective)),
+        "below": float((s < (-np.inf if rest is None else rest)).mean()),
+        "towards": float(-pull[pull < 0].sum() / np.abs(pull).sum()),
+        "same_article": float(same[tenths(s)[-1]].mean()),
+        "same_article_pull": float(np.abs(pull[same]).sum() / np.abs(pull).sum()),
+    }
 
 
 def neighbourhood_purity(x: np.ndarray, labels: Sequence[str], k: int = 10) -> float:
@@ -332,7 +333,7 @@ def below_resting_point(
     """
     rows = []
     for m in m_values:
-        s, pull = negative_pulls(sim, temperature=temperature, m=m)
+        s, pull = negative_pulls(sim, FocalInfoNCE(temperature, m))
         rows.append(
             {
                 "m": m,

@@ -1,22 +1,39 @@
-"""Everything that decides a run: fields with their ranges, and the run's identity and name."""
+"""Everything that decides a run: its settings, their names and ranges, its identity and its name.
+
+Settings are known by flat names, the same on the command line, in TOML and in a run's record: the
+fields of `TrainConfig`, an objective's parameters (`temperature`, `m`), and a method's settings
+behind its key (`sscl.layers`). `objective` names the objective and the methods that are on, joined
+by "+": focal_info_nce+sscl.
+"""
 
 import hashlib
 import json
-import math
 import os
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fcse import losses
+from fcse import methods, objectives
 from fcse.data import is_file, is_folder, sha256
+from fcse.encoder.pooling import Pooling
 from fcse.errors import InputError
-from fcse.neighbours.options import OFF, SETTINGS, Neighbour
-from fcse.pooling import Pooling
-from fcse.runs import versions
+from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, Recorded, key, named, parameters
 
 Metric = Literal["last", "lee", "stsb_dev"]
 Precision = Literal["auto", "bf16", "float32"]
+
+PARAMETERS = {f.name: kind for kind in OBJECTIVES.values() for f in fields(kind)}
+"""Parameter of one of the kit's objectives -> an objective that has it."""
+
+
+def versions() -> dict[str, str]:
+    """The versions a run depends on; a run is only reused where they are the same."""
+    packages = {name: version(name) for name in ("fcse", "torch", "transformers", "accelerate")}
+    return {"python": platform.python_version()} | packages
 
 
 @dataclass(frozen=True)
@@ -24,29 +41,20 @@ class TrainConfig:
     """Everything that decides a run; two runs with equal fields and versions are the same run.
 
     Raises:
-        InputError: a field is out of its range.
+        InputError: a field is out of its range, or two do not go together.
     """
 
     recipe: str | None = None
     """Name of the recipe the other fields started from; a label, see `fcse.recipes`."""
-    objective: Literal[losses.Objective, Neighbour] = "focal_info_nce"
-    """The loss: info_nce (SimCSE), focal_info_nce (Hou & Li 2023), hardness_info_nce (Lan et al.
-    2025), or InfoNCE with the settings that a neighbour's name stands for, see
-    `neighbours.options`."""
+    objective: Any = field(default_factory=FocalInfoNCE)
+    """The loss: an objective by its name or as a value, see `fcse.objectives`. Names of methods may
+    join it: sscl stands for info_nce+sscl."""
+    methods: tuple[Any, ...] = ()
+    """Methods around the loss, see `fcse.methods`; those that change nothing are left out."""
     encoder: str | Path = "minilm"
     """Where to start: minilm (packaged), a model folder, or a hub name."""
     corpus: str | Path = "wiki-mini"
     """What to train on: wiki-mini (packaged), wiki1m (hub), a text file, or DATASET:COLUMN."""
-    temperature: float = 0.05
-    """tau > 0, the divisor of the logits."""
-    m: float = 0.3
-    """Shift of the negatives' modulation s * (s + m); used by focal_info_nce only."""
-    modulate: losses.Modulate = "both"
-    """Which logits focal_info_nce modulates: both, positive, negative or none."""
-    stop_gradient: bool = False
-    """Take focal_info_nce's modulating factors as constants; the authors do not."""
-    alpha: float = losses.ALPHA
-    """Hardness weight >= 0 of hardness_info_nce."""
     pooling: Pooling = "cls"
     """How tokens become a sentence vector: cls, mean, mean_first_last or mean_top2."""
     batch_size: int = 64
@@ -55,31 +63,6 @@ class TrainConfig:
     """Sentences whose graph is held at a time, >= 1: less memory, one more pass; else all."""
     mask_duplicates: bool = True
     """Leave out negatives that are the anchor's own sentence again; the authors do not."""
-    layers: int | None = None
-    """Layers below the last whose vectors join as negatives (SSCL), >= 0."""
-    neighbours: int | None = None
-    """Nearest sentences of the corpus, of which each sentence brings one as a negative (CARDS)."""
-    case_switch: float | None = None
-    """Share of words whose first letter changes case in the second view, 0 to 1 (CARDS)."""
-    margin: float | None = None
-    """Radians, 0 to pi/2, by which negatives the teacher finds unlike come closer (AdapACSE)."""
-    teacher: str | Path = "minilm"
-    """Encoder whose mean readout sizes the margin: minilm, a model folder or a hub name."""
-    acceptance: float | None = None
-    """Share of pseudo-labels kept at the end, 0 to 1; equal ones make no negatives (IFND)."""
-    clusters: int = 500
-    """Clusters that give the pseudo-labels, >= 2."""
-    cluster_steps: int | None = None
-    """Cluster the corpus anew every so many steps, >= 1; else every quarter of the run, at most
-    200."""
-    focal_weight: bool | None = None
-    """Weigh a row's loss by 1 - its positive's probability (Core-tuning)."""
-    mixing: bool | None = None
-    """Add harder positives and negatives, mixed from a row's own (Core-tuning)."""
-    detection: float | None = None
-    """Weight of replaced-token detection beside the loss, >= 0 (DiffCSE)."""
-    generator: str | Path | None = None
-    """Masked language model that replaces tokens; None draws them from the corpus' unigrams."""
     steps: int = 100
     """Optimiser steps, >= 1; the corpus is reshuffled each time it runs out."""
     learning_rate: float = 3e-5
@@ -100,23 +83,21 @@ class TrainConfig:
     """Folder of the run; by default a folder of its own under FCSE_RUNS, else under runs/."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("objective", Literal[losses.Objective, Neighbour]),
-            ("pooling", Pooling),
-            ("precision", Precision),
-            ("metric", Metric),
-        ):
+        objective, on = self.objective, {}
+        if isinstance(objective, str):
+            objective, on = parse(objective)
+        on |= {method.key: method for method in self.methods}
+        objective = named(objective)
+        objective = getattr(objective, "canonical", lambda: objective)()
+        object.__setattr__(self, "objective", objective)
+        kept = tuple(on[key] for key in sorted(on) if on[key].on)
+        object.__setattr__(self, "methods", kept)
+        for name, choices in (("pooling", Pooling), ("precision", Precision), ("metric", Metric)):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(
                     f"unknown {name} {getattr(self, name)!r}: "
                     f"choose from {', '.join(get_args(choices))}"
                 )
-        try:
-            losses.check_parameters(
-                self.temperature, self.m, self.modulate, self.alpha, self.option("margin")
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from None
         for name, least in (
             ("batch_size", 2),
             ("micro_batch_size", 1),
@@ -124,10 +105,6 @@ class TrainConfig:
             ("max_length", 3),
             ("seed", 0),
             ("eval_steps", 1),
-            ("layers", 0),
-            ("neighbours", 0),
-            ("clusters", 2),
-            ("cluster_steps", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -136,81 +113,265 @@ class TrainConfig:
             raise InputError(f"seed must be below 2**32, got {self.seed}")
         if not 0 < self.learning_rate < 1:
             raise InputError(f"learning_rate must lie between 0 and 1, got {self.learning_rate}")
-        for name in ("case_switch", "acceptance"):
-            if not 0 <= self.option(name) <= 1:
-                raise InputError(f"{name} must lie between 0 and 1, got {self.option(name)}")
-        if not 0 <= self.option("detection") < math.inf:
-            raise InputError(
-                f"detection must be a finite number of at least 0, got {self.detection}"
-            )
-        if self.option("mixing") and (self.option("layers") or self.option("neighbours")):
-            raise InputError(
-                "mixing takes each row's own negatives, layers and neighbours add some for all "
-                "rows: set mixing to false, or layers and neighbours to 0"
-            )
-        if self.option("detection") and self.micro_batch_size:
-            raise InputError(
-                "detection needs a batch in one pass: leave out micro_batch_size, or set "
-                "detection to 0"
-            )
+        for method in self.methods:
+            method.check(self)
 
     @property
-    def base(self) -> losses.Objective:
-        """The objective whose logits are taken: InfoNCE's for a neighbour."""
-        return "info_nce" if self.objective in SETTINGS else self.objective
+    def name(self) -> str:
+        """What tables and figures call the loss: the objective with its methods.
 
-    def option(self, name: str) -> Any:
-        """A neighbour's setting: as given, else as the objective's name says, else off."""
-        given = getattr(self, name)
-        return SETTINGS.get(self.objective, OFF).get(name, OFF[name]) if given is None else given
+        It is made of all that they hold, so that equal names mean equal losses.
+        """
+        return " + ".join(map(objectives.name, (self.objective, *self.methods)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config by flat names, as TOML and a run's record have it; all but the folder.
+
+        A reader's own class has its printed name and a digest of what it does beside its fields.
+        """
+        found: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "objective":
+                parts = (value, *self.methods)
+                found["objective"] = "+".join(map(key, parts))
+                found |= {k: v for part in parts for k, v in _of_part(part).items()}
+            elif f.name not in ("methods", "output"):
+                found[f.name] = str(value) if isinstance(value, Path) else value
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result: the fields but the folder, local files' bytes, versions."""
-        fields = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        del fields["output"]
+        """What decides the result: the settings, local files' bytes, versions."""
         patterns = ("*.safetensors", "*.bin", "*/model.safetensors")
-        models = [self.encoder]
-        models += [self.teacher] if self.option("margin") else []
-        models += [self.generator] if self.option("detection") and self.generator else []
+        models = [self.encoder, *(file for method in self.methods for file in method.files())]
         folders = [Path(model) for model in models if is_folder(model)]
         found = [path for folder in folders for glob in patterns for path in folder.glob(glob)]
         files = (Path(self.corpus), *sorted(found))
         return {
-            "config": fields,
+            "config": self.settings,
             "files": {str(path): sha256(path) for path in files if is_file(path)},
             "versions": versions(),
         }
 
     @property
-    def name(self) -> str:
+    def run_name(self) -> str:
         """A folder name that is the same for equal identities only.
 
-        Fields at their defaults have no part in it, so that a field added later renames no run.
+        Settings at their defaults have no part in it, so that one added later renames no run.
         """
         identity = self.identity
-        set_ = {k: v for k, v in identity["config"].items() if v != getattr(TrainConfig, k)}
-        named = json.dumps(identity | {"config": set_}, sort_keys=True).encode()
-        digest = hashlib.sha256(named).hexdigest()[:8]
-        return f"{self.key}-seed{self.seed}-{digest}"
-
-    @property
-    def key(self) -> str:
-        """What figures and tables call this loss: a key of `analysis.VARIANTS`, a neighbour, or
-        several of these joined by "+"."""
-        modulate = losses.effective_modulation(self.base, self.modulate)
-        if self.base == "hardness_info_nce":
-            key = self.base
-        elif modulate == "none":
-            key = "info_nce"
-        elif self.stop_gradient:
-            key = "stop_gradient"
-        else:
-            key = "focal_info_nce" if modulate == "both" else modulate
-        on = [n for n, settings in SETTINGS.items() if any(map(self.option, settings))]
-        return "+".join(on if key == "info_nce" and on else [key, *on])
+        objective, on = parse(_known(self))
+        usual = {f.name: f.default for f in fields(self)}
+        usual |= {k: v for part in (objective, *on.values()) for k, v in _of_part(part).items()}
+        set_ = {k: v for k, v in identity["config"].items() if k not in usual or v != usual[k]}
+        ours = json.dumps(identity | {"config": set_}, sort_keys=True).encode()
+        digest = hashlib.sha256(ours).hexdigest()[:8]
+        return f"{identity['config']['objective']}-seed{self.seed}-{digest}"
 
     @property
     def folder(self) -> Path:
         """Where the run is written."""
-        return Path(self.output or Path(os.environ.get("FCSE_RUNS", "runs")) / self.name)
+        return Path(self.output or Path(os.environ.get("FCSE_RUNS", "runs")) / self.run_name)
+
+
+def _of_part(part: Any) -> dict[str, Any]:
+    """An objective's or a method's own settings, by flat names."""
+    if isinstance(part, Recorded):
+        return {f"{part.key}.{k}": v for k, v in part.parameters}
+    if type(part) in OBJECTIVES.values():
+        return parameters(part)
+    own = parameters(part)
+    if not type(part).__module__.startswith(f"{methods.__name__}."):
+        own |= {"printed": objectives.name(part), "code": objectives.code(type(part))}
+    return {f"{key(part)}.{k}": v for k, v in own.items()}
+
+
+def _known(config: TrainConfig) -> str:
+    """The parts of a config that are the kit's, as `objective` names them."""
+    parts = [key(part) for part in (config.objective, *config.methods)]
+    return "+".join(p for p in parts if p in OBJECTIVES or p in methods.names()) or "info_nce"
+
+
+def parse(text: str) -> tuple[Any, dict[str, methods.Method]]:
+    """The objective and the methods that a name such as focal_info_nce+sscl stands for.
+
+    Raises:
+        InputError: an unknown part, or two objectives.
+    """
+    parts = text.split("+")
+    for part in parts:
+        if part not in OBJECTIVES and part not in methods.names():
+            choices = ", ".join([*OBJECTIVES, *methods.names()])
+            raise InputError(f"unknown objective {part!r}: choose from {choices}, joined by +")
+    found = [part for part in parts if part in OBJECTIVES]
+    if len(found) > 1:
+        raise InputError(f"objective {text!r} names {len(found)} objectives: choose one")
+    on = {part: methods.method(part)() for part in parts if part not in OBJECTIVES}
+    return (OBJECTIVES[found[0]]() if found else InfoNCE()), on
+
+
+def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """A config with settings changed by their flat names: what flags and TOML mean.
+
+    `objective` as a name starts both objective and methods anew. A parameter that the objective
+    does not have, such as m for InfoNCE, changes nothing. A method's setting turns it on, with its
+    authors' values for the others.
+
+    Args:
+        config: what is not named stays as it is here.
+        given: flat name -> value; a method's settings may also be a mapping under its key.
+
+    Raises:
+        InputError: an unknown name, a value of the wrong type or out of range, or a parameter
+            beside an objective that is a value and has its own.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        inner = value.items() if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner}
+    objective, on = config.objective, {method.key: method for method in config.methods}
+    if isinstance(chosen := flat.pop("objective", objective), str):
+        objective, on = parse(chosen)
+    else:
+        objective = named(chosen)
+    own = {name: flat.pop(name) for name in PARAMETERS if name in flat}
+    own = {name: typed(name, PARAMETERS[name], name, value) for name, value in own.items()}
+    if own and type(objective) not in OBJECTIVES.values():
+        raise InputError(
+            f"{', '.join(own)} beside the objective {objectives.name(objective)}, which has its "
+            "own parameters: set them there"
+        )
+    if own and not isinstance(chosen, str) and "objective" in given:
+        raise InputError(
+            f"{', '.join(own)} beside an objective that is a value: set its parameters there"
+        )
+    has = {f.name for f in fields(objective)}
+    objective = replace(objective, **{name: x for name, x in own.items() if name in has})
+    rest: dict[str, Any] = {}
+    for name, value in flat.items():
+        part, dot, setting = name.partition(".")
+        if not dot:
+            rest[name] = typed(name, TrainConfig, name, value)
+        elif part == key(objective):
+            value = typed(name, type(objective), setting, value)
+            objective = replace(objective, **{setting: value})
+        else:
+            kind = type(on[part]) if part in on else methods.method(part)
+            on[part] = replace(
+                on.get(part) or kind(), **{setting: typed(name, kind, setting, value)}
+            )
+    return replace(config, objective=objective, methods=tuple(on.values()), **rest)
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+def typed(said: str, kind: type, name: str, value: Any) -> Any:
+    """A value as the field of a dataclass takes it: whole numbers become floats where meant.
+
+    Args:
+        said: what the user called it.
+        kind: the dataclass.
+        name: its field.
+        value: as TOML or a flag has it; None where the field takes None.
+
+    Raises:
+        InputError: no such field, or another type.
+    """
+    every = get_type_hints(kind)
+    hints = {f.name: every[f.name] for f in fields(kind) if f.name != "methods"}
+    if name not in hints:
+        raise InputError(f"unknown key {said!r}: {_way_out(said, kind, hints)}")
+    hint = hints[name]
+    allowed = (hint, *get_args(hint))
+    if isinstance(value, Path) and Path in allowed:
+        return value
+    if value is None and type(None) in allowed:
+        return None
+    expected = (
+        str if get_origin(hint) is Literal else next((k for k in _KINDS if k in allowed), None)
+    )
+    if expected is None:
+        return value
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise InputError(f"{said} must be {_KINDS[expected]}, got {value!r}")
+    return value
+
+
+def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
+    if said in _OLD:
+        return f"write {_OLD[said][0]}.{said}"
+    known = [*hints]
+    if kind is TrainConfig:
+        known += [*PARAMETERS, *methods.names()]
+    near = get_close_matches(said.rpartition(".")[2], known, n=1)
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+
+
+# Setting of a method, as it was called before methods had names of their own in settings -> the
+# method, and what its name stood for then.
+_OLD: dict[str, tuple[str, Any]] = {
+    "layers": ("sscl", 1),
+    "neighbours": ("cards", 8),
+    "case_switch": ("cards", 0.0),
+    "detection": ("diffcse", 0.005),
+    "generator": ("diffcse", None),
+    "margin": ("adap_acse", 0.05),
+    "teacher": ("adap_acse", "minilm"),
+    "acceptance": ("ifnd", 0.5),
+    "clusters": ("ifnd", 500),
+    "cluster_steps": ("ifnd", None),
+    "focal_weight": ("core_tuning", True),
+    "mixing": ("core_tuning", True),
+}
+
+
+def recorded(record: Mapping[str, Any]) -> TrainConfig:
+    """The config of a run from its record, also one written before methods had settings.
+
+    Classes that are not the kit's become `Recorded`.
+
+    Raises:
+        InputError, TypeError, KeyError: the record is none.
+    """
+    record = _renamed(record) if _OLD.keys() & record.keys() else dict(record)
+    parts = record["objective"].split("+")
+    foreign = {}
+    for part in parts:
+        if f"{part}.printed" in record:
+            own = {k: v for k, v in record.items() if k.startswith(f"{part}.")}
+            record = {k: v for k, v in record.items() if k not in own}
+            params = tuple((k.removeprefix(f"{part}."), v) for k, v in own.items())
+            foreign[part] = Recorded(part, own[f"{part}.printed"], params)
+    record["objective"] = "+".join(p for p in parts if p not in foreign) or "info_nce"
+    config = configured(TrainConfig(), record)
+    others = [value for part, value in foreign.items() if part != parts[0]]
+    return replace(
+        config,
+        objective=foreign.get(parts[0], config.objective),
+        methods=(*config.methods, *others),
+    )
+
+
+def _renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """An old record by today's names: the settings of methods that were off are left out."""
+    kept = {k: v for k, v in record.items() if k not in _OLD}
+    on: dict[str, dict[str, Any]] = {}
+    for old, (method, stood_for) in _OLD.items():
+        value = record.get(old)
+        if value is None:
+            value = stood_for if record["objective"] == method else type(stood_for)()
+        if old in ("teacher", "generator", "clusters", "cluster_steps"):
+            value = record.get(old, stood_for)
+        on.setdefault(method, {})[old] = value
+    switches = _OLD.keys() - {"teacher", "generator", "clusters", "cluster_steps"}
+    for method, settings in on.items():
+        if any(settings[name] for name in settings.keys() & switches):
+            kept |= {f"{method}.{name}": value for name, value in settings.items()}
+    if record["objective"] not in OBJECTIVES:
+        kept["objective"] = "info_nce"
+    return kept

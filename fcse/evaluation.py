@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fcse import processes
 from fcse.data import STS_TASKS, SentencePairs, load_lee, load_sts
-from fcse.encoder import SentenceEncoder
+from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError
 
 Aggregate = Literal["all", "mean", "wmean"]
@@ -193,3 +193,22 @@ def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
 def _unit(x: Tensor | np.ndarray) -> Tensor:
     x = torch.as_tensor(x)
     return torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+
+
+def score(encoder: SentenceEncoder, judged: dict[str, SentencePairs]) -> dict[str, float]:
+    """Spearman x 100 on each set of pairs under its name, `_alignment` and `_uniformity` beside."""
+    scores = {}
+    for name, pairs in judged.items():
+        result = judge(encoder, pairs)
+        scores[name] = result["spearman"]
+        scores[f"{name}_alignment"] = result["alignment"]
+        scores[f"{name}_uniformity"] = result["uniformity"]
+    return scores
+
+
+def judged_pairs(metric: str = "last") -> dict[str, SentencePairs]:
+    """What a run is scored on as it goes: Lee, and the STS-B dev split where it is the metric."""
+    judged = {"lee": load_lee()}
+    if metric == "stsb_dev":
+        judged["stsb_dev"] = load_sts("STSBenchmark", "dev")
+    return judged

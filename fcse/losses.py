@@ -1,137 +1,137 @@
-"""One similarity matrix in, a loss or its closed-form gradient weights out.
+"""Loss, pulls and chunked loss of any objective: written once, over its logits.
 
-Every function takes `sim`, an (N, M) matrix of cosine similarities with M >= N: row i is the
-anchor u_i, column j < N is the view v_j of sentence j, so positives lie on the diagonal; columns
-from N on are further negatives. Two take the embeddings: `chunked_loss`, for batches whose matrix
-does not fit in memory, and `core_tuning`, which mixes them. Half precision is computed in float32,
-float64 stays float64.
+Similarities are an (N, M) matrix of cosines with M >= N: row i is the anchor u_i, column j < N is
+the view v_j of sentence j, so positives lie on the diagonal; columns from N on are further
+negatives. Half precision is computed in float32, float64 stays float64.
 
-Sources: InfoNCE as in SimCSE (Gao et al. 2021, equation 4); Focal-InfoNCE as in Hou & Li 2023
-(arXiv 2310.06918, section 3) and their code: gradients flow through the modulation; the
-hardness-weighted softmax as in Lan et al. 2025 (arXiv 2503.04812, equation 5); the adaptive
-angular margin as in KDMCSE (Nguyen et al. 2024, arXiv 2403.17486) and the focal weight and mixed
-pairs as in Core-tuning (Zhang et al. 2021, arXiv 2102.06605), each with their code; the
-elimination of false negatives as in Chen et al. 2021 (arXiv 2106.03719).
+An objective is a value of `fcse.objectives` or a reader's own, see there; its name stands for its
+defaults.
 """
 
 import math
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-Objective = Literal["info_nce", "focal_info_nce", "hardness_info_nce"]
-Modulate = Literal["both", "positive", "negative", "none"]
+from fcse.errors import InputError
+from fcse.objectives import (
+    VARIANTS,
+    FocalInfoNCE,
+    HardnessInfoNCE,
+    InfoNCE,
+    Modulate,
+    name,
+    named,
+)
 
-ALPHA = 9.0
-"""The hardness weight of Lan et al. 2025."""
-
-MIN_NEGATIVE_WEIGHT = 0.8
-"""The least share of the drawn negative in a mixed one, as in the code of Core-tuning."""
+__all__ = [
+    "VARIANTS",
+    "Columns",
+    "FocalInfoNCE",
+    "HardnessInfoNCE",
+    "InfoNCE",
+    "Own",
+    "Turn",
+    "chunked_loss",
+    "focal_info_nce",
+    "gradient_weights",
+    "hardness_info_nce",
+    "info_nce",
+    "logits",
+    "loss",
+    "require_independent_rows",
+    "similarity_matrix",
+    "unit_rows",
+]
 
 CHUNK_ENTRIES = 2**22
 """Entries of the similarity matrix that `chunked_loss` holds at a time: 16 MiB of float32, of
 which there are some ten at once. Larger ones are slower on a CPU: malloc maps each anew."""
 
 
-def check_parameters(
-    temperature: float, m: float, modulate: str, alpha: float = 0.0, margin: float = 0.0
-) -> None:
-    """Raise ValueError unless each is in its range.
+class Turn(Protocol):
+    """What similarities become before the objective sees them."""
 
-    temperature > 0, m is finite, alpha >= 0, `modulate` is known and 0 <= margin < pi/2.
+    def __call__(self, sim: Tensor, positives: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Turn a block of rows.
+
+        Args:
+            sim: (n, M) float.
+            positives: (n, M) bool.
+            first: the number of the block's first row.
+
+        Returns:
+            The similarities that the objective sees and their slopes d new / d old, (n, M) each.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is known of the columns that anchors are compared with, beside their vectors.
+
+    Attributes:
+        sentence_ids: (M,) int64, on the device of the similarities: column j holds sentence
+            sentence_ids[j], and row i is sentence_ids[i]. A negative that is its anchor's own
+            sentence is a false one: its logit is -inf, so that it has no part in the softmax and
+            gets no pull. None: no sentence occurs twice. Or (G, M) int64, G numberings of the
+            columns: a negative that agrees with its anchor in any of them is left out, which
+            eliminates pairs by a label as well; a column without label has a number of its own.
+        turns: what the similarities become before the objective sees them, one after the other.
+        first: where a matrix is a block of rows of a larger one, the number of its first row: row
+            i is anchor first + i, and its positive is in column first + i.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
-    if not math.isfinite(m):
-        raise ValueError(f"m must be a finite number, got {m}")
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
-    if not 0 <= margin < math.pi / 2:
-        raise ValueError(f"margin must be an angle from 0 to below pi/2, got {margin}")
-    if modulate not in get_args(Modulate):
-        raise ValueError(
-            f"unknown modulate {modulate!r}: choose from {', '.join(get_args(Modulate))}"
-        )
+
+    sentence_ids: Tensor | None = None
+    turns: tuple[Turn, ...] = ()
+    first: int = 0
 
 
-def _full_precision(x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Own:
+    """Vectors that count in one row alone.
+
+    Attributes:
+        negative: (N, D) float, one more column for each row, behind those of all.
+        negative_ids: (N,) or (G, N) int64, as in `Columns`: which sentence it is.
+        positive: (N, D) float, what stands in the place of v_i.
+    """
+
+    negative: Tensor | None = None
+    negative_ids: Tensor | None = None
+    positive: Tensor | None = None
+
+
+FOCAL = FocalInfoNCE()
+"""The objective where none is named."""
+PLAIN = Columns()
+"""Columns of which nothing is known: no sentence occurs twice, no similarity is turned."""
+NOTHING = Own()
+"""No vector that counts in one row alone."""
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision as float32, everything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_similarities(sim: Tensor, first: int) -> Tensor:
-    if sim.ndim != 2 or len(sim) == 0 or not 0 <= first <= sim.shape[1] - len(sim):
-        raise ValueError(
-            "sim must be (N, M) with N >= 1 and M >= N + first, first >= 0, "
-            f"got {tuple(sim.shape)} and first {first}"
-        )
-    return _full_precision(sim)
+def unit_rows(x: Tensor) -> Tensor:
+    """Each row scaled to length 1, in float32 at least; a zero row stays zero."""
+    if x.ndim != 2:
+        raise ValueError(f"embeddings must be (N, D), got {tuple(x.shape)}")
+    return F.normalize(full_precision(x), dim=1)
 
 
-def _positives(sim: Tensor, first: int) -> Tensor:
-    positives = torch.zeros(sim.shape, dtype=torch.bool, device=sim.device)
-    positives.diagonal(first).fill_(True)
-    return positives
-
-
-def _repeats(sentence_ids: Tensor, positives: Tensor, first: int) -> Tensor:
-    rows, columns = positives.shape
-    if sentence_ids.ndim not in (1, 2) or sentence_ids.shape[-1] != columns:
-        raise ValueError(
-            f"sentence_ids must be ({columns},), one for each column, or (G, {columns}), "
-            f"got {tuple(sentence_ids.shape)}"
-        )
-    same = sentence_ids[..., first : first + rows, None] == sentence_ids[..., None, :]
-    return (same.any(dim=0) if same.ndim == 3 else same) & ~positives
-
-
-def _with_margin(
-    sim: Tensor, positives: Tensor, margin: float, teacher: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """s' = cos(theta - d) of each negative with theta > margin, s of the others, and ds'/ds."""
-    if teacher is None:
-        raise ValueError("a margin above 0 needs a teacher: its similarities of the sentences")
-    if teacher.shape != sim.shape:
-        raise ValueError(
-            "teacher must hold a similarity for each of sim's, "
-            f"got {tuple(teacher.shape)} for {tuple(sim.shape)}"
-        )
-    angle = margin * (1 - teacher.detach().to(sim.dtype))
-    angle = angle.masked_fill(positives | (sim >= math.cos(margin)), 0)
-    cos, sin = angle.cos(), angle.sin()
-    square = (1 - sim) * (1 + sim)
-    # At |s| = 1 the root has no finite slope: the floor makes it 0, for autograd too.
-    height = square.clamp_min(torch.finfo(sim.dtype).tiny).sqrt()
-    slope = cos - sin * sim.detach() * (square > 0) / height.detach()
-    return sim * cos + height * sin, slope
-
-
-def _unit_rows(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_views(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[1]:
         raise ValueError(
             f"u and v must be (N, D) and (M, D), got {tuple(u.shape)} and {tuple(v.shape)}"
         )
-    return F.normalize(_full_precision(u), dim=1), F.normalize(_full_precision(v), dim=1)
-
-
-def _unit_views(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    u, v = _unit_rows(u, v)
-    if not 0 < len(u) <= len(v):
-        raise ValueError(f"v must have a row for each of u's, got {len(v)} for {len(u)}")
-    return u, v
-
-
-def _unit_teacher(teacher: tuple[Tensor, Tensor], u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    anchors, columns = (x.detach() for x in teacher)
-    width = anchors.shape[-1:]
-    if anchors.shape != (len(u), *width) or columns.shape != (len(v), *width):
-        raise ValueError(
-            f"teacher must hold ({len(u)}, E) and ({len(v)}, E) embeddings, "
-            f"got {tuple(anchors.shape)} and {tuple(columns.shape)}"
-        )
-    return _unit_rows(anchors, columns)
+    return unit_rows(u), unit_rows(v)
 
 
 def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
@@ -146,76 +146,167 @@ def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
     """
     # Autocast would take the product down to half precision again.
     with torch.autocast(u.device.type, enabled=False):
-        u, v = _unit_rows(u, v)
+        u, v = _unit_views(u, v)
         return u @ v.T
 
 
-def logits(
-    sim: Tensor,
-    temperature: float = 0.05,
-    m: float = 0.3,
-    modulate: Modulate = "both",
-    stop_gradient: bool = False,
-    alpha: float = 0.0,
-    sentence_ids: Tensor | None = None,
-    first: int = 0,
-    *,
-    margin: float = 0.0,
-    teacher: Tensor | None = None,
-) -> Tensor:
-    """The logits that the softmax of a row sees: s/tau, or a form that weighs hardness.
+def _positives(sim: Tensor, first: int) -> Tensor:
+    positives = torch.zeros(sim.shape, dtype=torch.bool, device=sim.device)
+    positives.diagonal(first).fill_(True)
+    return positives
 
-    Modulated positives are s * s / tau, modulated negatives s * (s + m) / tau (Hou & Li 2023,
-    section 3). `modulate` says which of the two parts is on; "none" is plain InfoNCE. A hardness
-    weight adds alpha * s to each negative, as a constant (Lan et al. 2025, equation 5).
 
-    A margin turns negatives towards their anchor, the more the less alike the teacher finds the
-    two sentences: with theta = arccos(s) > margin and the teacher's similarity t, s gives way to
-    s' = cos(theta - (1 - t) margin), which is then modulated; the hardness weight stays one of s
-    (AdapACSE of KDMCSE, Nguyen et al. 2024). As in their code s' jumps at theta = margin. Theirs
-    turns by the whole margin where it has no teacher, which a teacher of zeros does here.
+def repeats(sentence_ids: Tensor, rows: int, first: int = 0) -> Tensor:
+    """The false negatives of rows `first` and on: (rows, M) bool, see `Columns`.
+
+    Raises:
+        ValueError: the numbers have another shape.
+    """
+    if sentence_ids.ndim not in (1, 2) or sentence_ids.shape[-1] < first + rows:
+        raise ValueError(
+            "sentence_ids must be (M,) or (G, M), a number for each column, "
+            f"got {tuple(sentence_ids.shape)}"
+        )
+    same = sentence_ids[..., first : first + rows, None] == sentence_ids[..., None, :]
+    same = same.any(dim=0) if same.ndim == 3 else same
+    same.diagonal(first).fill_(False)
+    return same
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A block of rows as the objective sees it; `slope` is that of the turns."""
+
+    sim: Tensor
+    positives: Tensor
+    logits: Tensor
+    slope: Tensor | None
+
+
+def _rows(
+    sim: Tensor, objective: Any, columns: Columns, leaf: bool = False, own_ids: Tensor | None = None
+) -> _Rows:
+    """Masks, turns and logits of a block; with `leaf` a graph from the turned similarities on.
+
+    own_ids: (G, n) of a column behind those of all, each row's own.
+    """
+    first = columns.first
+    if sim.ndim != 2 or len(sim) == 0 or not 0 <= first <= sim.shape[1] - len(sim):
+        raise ValueError(
+            "sim must be (N, M) with N >= 1 and M >= N + first, first >= 0, "
+            f"got {tuple(sim.shape)} and first {first}"
+        )
+    sim = full_precision(sim)
+    positives = _positives(sim, first)
+    slope = None
+    for turn in columns.turns:
+        sim, own = turn(sim, positives, first)
+        slope = own if slope is None else slope * own
+    if leaf:
+        sim = sim.detach().requires_grad_()
+    logits = objective.logits(sim, positives)
+    if logits.shape != sim.shape:
+        raise InputError(
+            f"{type(objective).__name__}.logits gives {tuple(logits.shape)} for similarities of "
+            f"{tuple(sim.shape)}: one logit for each is needed"
+        )
+    if columns.sentence_ids is not None:
+        ids = columns.sentence_ids
+        shared = sim.shape[1] - (own_ids is not None)
+        if ids.shape[-1] != shared:
+            raise ValueError(
+                f"sentence_ids must be ({shared},), one for each column, or (G, {shared}), "
+                f"got {tuple(ids.shape)}"
+            )
+        left_out = repeats(ids, len(sim), first)
+        if own_ids is not None:
+            theirs = (own_ids == ids[..., first : first + len(sim)]).reshape(-1, len(sim))
+            left_out = torch.cat([left_out, theirs.any(dim=0)[:, None]], dim=1)
+        logits = logits.masked_fill(left_out, -math.inf)
+    return _Rows(sim, positives, logits, slope)
+
+
+def _value(logits: Tensor, first: int, objective: Any) -> Tensor:
+    """The mean over rows of the cross-entropy, each row weighed as the objective says."""
+    target = torch.arange(first, first + len(logits), device=logits.device)
+    weight = getattr(objective, "row_weight", None)
+    if weight is None:
+        return F.cross_entropy(logits, target)
+    log_p = -F.cross_entropy(logits, target, reduction="none")
+    return -(weight(log_p) * log_p).mean()
+
+
+def _pulls(rows: _Rows, first: int, objective: Any) -> Tensor:
+    """dL/dsim of a block, from logits that are there already."""
+    logits = rows.logits.detach()
+    pulls = (logits.softmax(dim=1) - rows.positives.to(logits.dtype)) / len(logits)
+    if weight := getattr(objective, "row_weight", None):
+        with torch.enable_grad():
+            log_p = logits.log_softmax(dim=1).diagonal(first).requires_grad_()
+            (factor,) = torch.autograd.grad((-weight(log_p) * log_p).sum(), log_p)
+        pulls = pulls * -factor[:, None]
+    if rows.sim.requires_grad:
+        (pulls,) = torch.autograd.grad(rows.logits, rows.sim, pulls)
+    else:
+        pulls = pulls * objective.slopes(rows.sim, rows.positives)
+    return pulls if rows.slope is None else pulls * rows.slope
+
+
+def logits(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Tensor:
+    """The logits that the softmax of a row sees.
 
     Args:
         sim: (N, M) float, cosine similarities, positives on the diagonal.
-        temperature: tau > 0.
-        m: shift of the negatives' modulation; the resting point of a negative is s = -m/2.
-        modulate: "both", "positive", "negative" or "none".
-        stop_gradient: take the modulating factors, s and s + m, as constants: the logits stay,
-            but their slopes fall to s and s + m, and the resting point moves to s = -m. The
-            authors' code does not.
-        alpha: >= 0, the hardness weight; 0 adds nothing.
-        sentence_ids: (M,) int64, on the device of `sim`: column j holds sentence sentence_ids[j],
-            and row i is sentence_ids[i]. A negative that is its anchor's own sentence is a false
-            one: its logit is -inf, so that it has no part in the softmax and gets no pull. None:
-            no sentence occurs twice. Or (G, M) int64, G numberings of the columns: a negative
-            that agrees with its anchor in any of them is a false one, which eliminates pairs by a
-            label as well (Chen et al. 2021); a column without label has a number of its own.
-        first: where `sim` is a block of rows of a larger matrix, the number of its first row: row
-            i is anchor first + i, and its positive is in column first + i.
-        margin: radians, 0 <= margin < pi/2; 0 turns nothing. The authors take 0.05.
-        teacher: (N, M) float, on the device of `sim`, the teacher's similarities in [-1, 1], taken
-            as constants. Needed for a margin above 0, and without effect at 0.
+        objective: a value or a name.
+        columns: what is known of the columns.
 
     Returns:
         (N, M) float32 (float64 for float64 input).
 
     Raises:
-        ValueError: a parameter is out of range, a margin has no teacher, or a tensor has another
-            shape.
+        ValueError: a tensor has another shape.
+        InputError: no such objective, or logits of another shape.
     """
-    check_parameters(temperature, m, modulate, alpha, margin)
-    sim = _check_similarities(sim, first)
-    positives = _positives(sim, first)
-    near = _with_margin(sim, positives, margin, teacher)[0] if margin else sim
-    factor = near.detach() if stop_gradient else near
-    positive = near * factor if modulate in ("both", "positive") else near
-    negative = near * (factor + m) if modulate in ("both", "negative") else near
-    rows = torch.where(positives, positive, negative) / temperature
-    if alpha:
-        rows = rows + alpha * sim.detach().masked_fill(positives, 0)
-    if sentence_ids is not None:
-        rows = rows.masked_fill(_repeats(sentence_ids, positives, first), -math.inf)
-    return rows
+    return _rows(sim, named(objective), columns).logits
+
+
+def loss(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Tensor:
+    """The loss of a batch: cross-entropy of the logits with the diagonal as target, mean over rows.
+
+    Where the objective has a row weight w, a row's loss is -w(log p) log p in place of -log p, p
+    the softmax of its positive. Arguments and errors as in `logits`.
+
+    Returns:
+        () float32 (float64 for float64 input).
+    """
+    objective = named(objective)
+    return _value(_rows(sim, objective, columns).logits, columns.first, objective)
+
+
+def gradient_weights(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Tensor:
+    """The closed form of dL/dsim: how hard, and which way, the loss pulls on each similarity.
+
+    With p the softmax of a row's logits z and y the one-hot diagonal, dL/ds_ij is
+    (p_ij - y_ij) * dz_ij/ds_ij / N. A positive entry lowers the similarity under gradient descent,
+    a negative one raises it: a modulated negative with s < -m/2 is drawn *towards* the anchor. A
+    repeated sentence has p = 0, hence weight 0. A turn s' puts s' for s and a factor ds'/ds; a row
+    weight multiplies row i by d(w(l) l)/dl at l = log p_ii. Where the objective has no slopes,
+    autograd takes them from its logits. Arguments and errors as in `logits`.
+
+    Returns:
+        (N, M) float32 (float64 for float64 input), equal to autograd of the loss; the mean over
+        rows puts a factor 1/N on each entry.
+    """
+    objective = named(objective)
+    closed = hasattr(objective, "slopes")
+    with torch.set_grad_enabled(not closed):
+        rows = _rows(sim.detach(), objective, columns, leaf=not closed)
+    return _pulls(rows, columns.first, objective)
+
+
+def info_nce(sim: Tensor, temperature: float = 0.05) -> Tensor:
+    """`loss` of InfoNCE, the objective of SimCSE (Gao et al. 2021, equation 4)."""
+    return loss(sim, InfoNCE(temperature))
 
 
 def focal_info_nce(
@@ -225,182 +316,20 @@ def focal_info_nce(
     modulate: Modulate = "both",
     stop_gradient: bool = False,
 ) -> Tensor:
-    """Focal-InfoNCE: cross-entropy of the modulated logits, mean over rows (Hou & Li 2023).
-
-    With `modulate="none"` it equals `info_nce`. Arguments and errors as in `logits`.
-
-    Returns:
-        () float32 (float64 for float64 input).
-    """
-    return _cross_entropy(logits(sim, temperature, m, modulate, stop_gradient))
+    """`loss` of Focal-InfoNCE (Hou & Li 2023, section 3); parameters as in `FocalInfoNCE`."""
+    return loss(sim, FocalInfoNCE(temperature, m, modulate, stop_gradient))
 
 
-def hardness_info_nce(sim: Tensor, temperature: float = 0.05, alpha: float = ALPHA) -> Tensor:
-    """InfoNCE with a hardness-weighted softmax: alpha * stop_gradient(s) on each negative logit.
-
-    Lan et al. 2025 (arXiv 2503.04812, equation 5), alpha = 9 there; what sentence-transformers
-    offers as `hardness_mode="in_batch_negatives"`. It moves the softmax towards hard negatives
-    and leaves the slope of every logit at 1/tau. With alpha 0 it equals `info_nce`. Arguments,
-    result and errors as in `focal_info_nce`.
-    """
-    return _cross_entropy(logits(sim, temperature, modulate="none", alpha=alpha))
-
-
-def _cross_entropy(rows: Tensor, first: int = 0, focal_weight: bool = False) -> Tensor:
-    target = torch.arange(first, first + len(rows), device=rows.device)
-    if not focal_weight:
-        return F.cross_entropy(rows, target)
-    log_p = -F.cross_entropy(rows, target, reduction="none")
-    return (log_p.expm1() * log_p).mean()
-
-
-def info_nce(sim: Tensor, temperature: float = 0.05) -> Tensor:
-    """InfoNCE: cross-entropy of s/tau with the diagonal as target, mean over rows (SimCSE, eq. 4).
-
-    Arguments, result and errors as in `focal_info_nce`.
-    """
-    return focal_info_nce(sim, temperature, modulate="none")
-
-
-def effective_modulation(objective: Objective, modulate: Modulate) -> Modulate:
-    """The part of the modulation an objective applies: only Focal-InfoNCE applies any.
-
-    Raises:
-        ValueError: unknown objective.
-    """
-    if objective not in get_args(Objective):
-        raise ValueError(
-            f"unknown objective {objective!r}: choose from {', '.join(get_args(Objective))}"
-        )
-    return modulate if objective == "focal_info_nce" else "none"
-
-
-def effective_alpha(objective: Objective, alpha: float) -> float:
-    """The hardness weight an objective applies: only the hardness-weighted softmax applies any."""
-    return alpha if objective == "hardness_info_nce" else 0.0
-
-
-def loss(
-    sim: Tensor,
-    objective: Objective = "focal_info_nce",
-    temperature: float = 0.05,
-    m: float = 0.3,
-    modulate: Modulate = "both",
-    stop_gradient: bool = False,
-    alpha: float = ALPHA,
-    sentence_ids: Tensor | None = None,
-    first: int = 0,
-    *,
-    margin: float = 0.0,
-    teacher: Tensor | None = None,
-    focal_weight: bool = False,
-) -> Tensor:
-    """The loss of a batch by the name of its objective; the others' parameters are ignored.
-
-    With `focal_weight` the loss of a row is -(1 - p) log p in place of -log p, where p is the
-    softmax of its positive: rows that are solved count less (Core-tuning, Zhang et al. 2021). As
-    in their code gradients flow through the weight. Arguments as in `gradient_weights`; result
-    and errors as in `focal_info_nce`.
-    """
-    modulate = effective_modulation(objective, modulate)
-    alpha = effective_alpha(objective, alpha)
-    rows = logits(
-        sim,
-        temperature,
-        m,
-        modulate,
-        stop_gradient,
-        alpha,
-        sentence_ids,
-        first,
-        margin=margin,
-        teacher=teacher,
-    )
-    return _cross_entropy(rows, first, focal_weight)
-
-
-def gradient_weights(
-    sim: Tensor,
-    objective: Objective = "focal_info_nce",
-    temperature: float = 0.05,
-    m: float = 0.3,
-    modulate: Modulate = "both",
-    stop_gradient: bool = False,
-    alpha: float = ALPHA,
-    sentence_ids: Tensor | None = None,
-    first: int = 0,
-    *,
-    margin: float = 0.0,
-    teacher: Tensor | None = None,
-    focal_weight: bool = False,
-) -> Tensor:
-    """The closed form of dL/dsim: how hard, and which way, the loss pulls on each similarity.
-
-    With p the softmax of a row's logits and y the one-hot diagonal, dL/ds_ij is
-    (p_ij - y_ij) * slope_ij / (N tau). The slope is 1 where nothing is modulated, 2 s for a
-    modulated positive and 2 s + m for a modulated negative; s and s + m with `stop_gradient`. A
-    negative entry raises the similarity under gradient descent, a positive one lowers it: a
-    modulated negative with s < -m/2 is drawn *towards* the anchor. The hardness weight acts
-    through p alone.
-
-    A margin puts s' for s in these slopes, times ds'/ds = cos d - s / sqrt(1 - s^2) sin d with
-    d = (1 - t) margin, for the negatives that it turns; at |s| = 1, where that has no bound, it
-    is taken as cos d. The focal weight multiplies row i by (1 - p_ii) - p_ii log p_ii.
-
-    Args:
-        sim: (N, M) float, cosine similarities, positives on the diagonal.
-        objective: "info_nce", "focal_info_nce" or "hardness_info_nce".
-        temperature, m: as in `logits`.
-        modulate, stop_gradient: as in `logits`, for focal_info_nce.
-        alpha: as in `logits`, for hardness_info_nce.
-        sentence_ids: as in `logits`; a repeated sentence has p = 0, hence weight 0.
-        first: as in `logits`; N is the number of rows in the block.
-        margin, teacher: as in `logits`, for every objective.
-        focal_weight: as in `loss`, for every objective.
-
-    Returns:
-        (N, M) float32 (float64 for float64 input), equal to autograd of the loss; the mean over
-        rows puts a factor 1/N on each entry.
-    """
-    modulate = effective_modulation(objective, modulate)
-    alpha = effective_alpha(objective, alpha)
-    rows = logits(
-        sim,
-        temperature,
-        m,
-        modulate,
-        stop_gradient,
-        alpha,
-        sentence_ids,
-        first,
-        margin=margin,
-        teacher=teacher,
-    )
-    p = rows.softmax(dim=1)
-    sim, positives = _full_precision(sim), _positives(sim, first)
-    one = torch.ones_like(sim)
-    near, turn = _with_margin(sim, positives, margin, teacher) if margin else (sim, None)
-    own = 0 if stop_gradient else near  # the factor's share of the slope
-    slope = torch.where(
-        positives,
-        near + own if modulate in ("both", "positive") else one,
-        near + own + m if modulate in ("both", "negative") else one,
-    )
-    weights = (p - positives.to(p.dtype)) * slope / (len(sim) * temperature)
-    if turn is not None:
-        weights = weights * turn
-    if focal_weight:
-        log_p = rows.log_softmax(dim=1).diagonal(first)
-        weights = weights * -(log_p.expm1() + log_p * log_p.exp())[:, None]
-    return weights
+def hardness_info_nce(sim: Tensor, temperature: float = 0.05, alpha: float = 9.0) -> Tensor:
+    """`loss` of the hardness-weighted softmax (Lan et al. 2025); see `HardnessInfoNCE`."""
+    return loss(sim, HardnessInfoNCE(temperature, alpha))
 
 
 class _LossInChunks(torch.autograd.Function):
     """`loss` of the cosines of unit vectors, with its gradient from the same pass over the rows.
 
-    A chunk of rows has all its columns, so its softmax is complete and its share of both
-    gradients follows from `gradient_weights` at once: nothing is kept for the backward pass but
-    the gradients themselves.
+    A chunk of rows has all its columns, so its softmax is complete and its share of the gradients
+    follows from its logits at once: nothing is kept for the backward pass but the gradients.
     """
 
     @staticmethod
@@ -408,223 +337,124 @@ class _LossInChunks(torch.autograd.Function):
         ctx: FunctionCtx,
         u: Tensor,
         v: Tensor,
-        chunk_size: int,
-        teacher: tuple[Tensor, Tensor] | None,
-        arguments: dict[str, Any],
+        negative: Tensor | None,
+        positive: Tensor | None,
+        negative_ids: Tensor | None,
+        plan: tuple[Any, Columns, int],
     ) -> Tensor:
+        objective, columns, chunk_size = plan
         value = u.new_zeros(())
-        du, dv = torch.empty_like(u), torch.zeros_like(v)
+        du, dv = torch.zeros_like(u), torch.zeros_like(v)
+        dn, dp = (None if x is None else torch.zeros_like(x) for x in (negative, positive))
+        wanted = any(ctx.needs_input_grad)
+        leaf = wanted and not hasattr(objective, "slopes")
         for first in range(0, len(u), chunk_size):
-            anchors = u[first : first + chunk_size]
+            at = slice(first, first + chunk_size)
+            anchors = u[at]
             share = len(anchors) / len(u)
             sim = anchors @ v.T
-            if teacher is not None:
-                theirs = teacher[0][first : first + chunk_size] @ teacher[1].T
-                arguments = {**arguments, "teacher": theirs}
-            value += share * loss(sim, **arguments, first=first)
-            if any(ctx.needs_input_grad):
-                weights = gradient_weights(sim, **arguments, first=first)
-                du[first : first + chunk_size] = share * (weights @ v)
-                dv.addmm_(weights.T, anchors, alpha=share)
-        ctx.save_for_backward(du, dv)
+            if positive is not None:
+                sim.diagonal(first).copy_((anchors * positive[at]).sum(dim=1))
+            if negative is not None:
+                sim = torch.cat([sim, (anchors * negative[at]).sum(dim=1, keepdim=True)], dim=1)
+            own_ids = None if negative_ids is None else negative_ids[..., at]
+            block = replace(columns, first=first)
+            with torch.set_grad_enabled(leaf):
+                rows = _rows(sim, objective, block, leaf, own_ids)
+            value += share * _value(rows.logits.detach(), first, objective)
+            if not wanted:
+                continue
+            pulls = _pulls(rows, first, objective)
+            if negative is not None:
+                pulls, last = pulls[:, :-1], share * pulls[:, -1:]
+                dn[at] = last * anchors
+                du[at] += last * negative[at]
+            if positive is not None:
+                own = share * pulls.diagonal(first)[:, None]
+                pulls = pulls.masked_fill(_positives(pulls, first), 0)
+                dp[at] = own * anchors
+                du[at] += own * positive[at]
+            du[at] += share * (pulls @ v)
+            dv.addmm_(pulls.T, anchors, alpha=share)
+        ctx.save_for_backward(du, dv, dn, dp)
         return value
 
     @staticmethod
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # a graph is asked for, in which du and dv would be constants
+        if torch.is_grad_enabled():  # a graph is asked for, in which these would be constants
             raise RuntimeError("chunked_loss has no second derivatives: take loss")
-        du, dv = ctx.saved_tensors
-        return upstream * du, upstream * dv, None, None, None
+        return *(None if x is None else upstream * x for x in ctx.saved_tensors), None, None
 
 
 def chunked_loss(
     u: Tensor,
     v: Tensor,
-    objective: Objective = "focal_info_nce",
-    temperature: float = 0.05,
-    m: float = 0.3,
-    modulate: Modulate = "both",
-    stop_gradient: bool = False,
-    alpha: float = ALPHA,
-    sentence_ids: Tensor | None = None,
+    objective: Any = FOCAL,
+    columns: Columns = PLAIN,
+    own: Own = NOTHING,
     chunk_size: int | None = None,
-    *,
-    margin: float = 0.0,
-    teacher: tuple[Tensor, Tensor] | None = None,
-    focal_weight: bool = False,
 ) -> Tensor:
     """The `loss` of `similarity_matrix(u, v)` without the matrix: a few of its rows at a time.
 
     Value and gradients are those of `loss` up to rounding, in memory that grows with N and M and
-    not with their product. The gradients are computed along with the value; asking for second
-    derivatives (`create_graph`) raises RuntimeError.
+    not with their product. The gradients are computed along with the value, from one computation
+    of the logits; asking for second derivatives (`create_graph`) raises RuntimeError.
 
     Args:
         u: (N, D) float, the anchors.
         v: (M, D) float, M >= N: v_i is the other view of u_i, rows from N on are further
             negatives.
-        objective, temperature, m, modulate, stop_gradient, alpha: as in `gradient_weights`.
-        sentence_ids: (M,) or (G, M) int64, as in `logits`.
+        objective: a value or a name.
+        columns: what is known of the rows of v; `first` is not read.
+        own: vectors that count in one row alone.
         chunk_size: rows at a time, >= 1; None takes `CHUNK_ENTRIES` / M.
-        margin, focal_weight: as in `gradient_weights`.
-        teacher: (N, E) and (M, E) float, the teacher's embeddings of the anchors and of the
-            columns, taken as constants: their cosines are the `teacher` of `logits`.
 
     Returns:
         () float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a parameter is out of range, a margin has no teacher, or a tensor has another
-            shape.
+        ValueError: a tensor has another shape.
+        InputError: no such objective, or logits of another shape.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    arguments = {
-        "objective": objective,
-        "temperature": temperature,
-        "m": m,
-        "modulate": modulate,
-        "stop_gradient": stop_gradient,
-        "alpha": alpha,
-        "sentence_ids": sentence_ids,
-        "margin": margin,
-        "focal_weight": focal_weight,
-    }
     with torch.autocast(u.device.type, enabled=False):
         u, v = _unit_views(u, v)
-        chunk_size = chunk_size or max(1, CHUNK_ENTRIES // len(v))
-        theirs = _unit_teacher(teacher, u, v) if margin and teacher is not None else None
-        return _LossInChunks.apply(u, v, chunk_size, theirs, arguments)
+        if not 0 < len(u) <= len(v):
+            raise ValueError(f"v must have a row for each of u's, got {len(v)} for {len(u)}")
+        vectors = [None if x is None else unit_rows(x) for x in (own.negative, own.positive)]
+        if any(x is not None and x.shape != u.shape for x in vectors):
+            raise ValueError(f"own vectors must be {tuple(u.shape)}, one for each anchor")
+        plan = named(objective), columns, chunk_size or max(1, CHUNK_ENTRIES // len(v))
+        return _LossInChunks.apply(u, v, *vectors, own.negative_ids, plan)
 
 
-def _mix(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
-    weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
-    if weight.shape not in ((), (len(a),)):
-        raise ValueError(f"a mixing weight must be ({len(a)},), got {tuple(weight.shape)}")
-    weight = weight.reshape(-1, 1)
-    return F.normalize(weight * a + (1 - weight) * b, dim=1)
+def require_independent_rows(objective: Any) -> None:
+    """Raise InputError where a row of an objective's logits depends on another row.
 
-
-def mixed_pairs(
-    u: Tensor,
-    v: Tensor,
-    positive_weight: Tensor | float = 1.0,
-    negative_weight: Tensor | float | None = None,
-    negative_columns: Tensor | None = None,
-    sentence_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """A harder positive and a harder negative for each anchor (Core-tuning, Zhang et al. 2021).
-
-    The positive is lam v_i + (1 - lam) v_j, j the hardest negative of anchor i, that is the one
-    with the largest s_ij; the negative is lam v_k + (1 - lam) u_i, k a negative that the caller
-    draws. Gradients flow through both parts of a mixture. The authors' code mixes the features of
-    the encoder, ahead of the projection; this mixes unit embeddings.
-
-    Args:
-        u: (N, D) float, the anchors.
-        v: (M, D) float, M >= N, as in `chunked_loss`.
-        positive_weight: (N,) float or one number, in [0, 1]: the share lam of v_i. Authors: drawn
-            from Beta(1, 1). 1 mixes nothing in.
-        negative_weight: (N,) float or one number, in [0, 1]: the share lam of v_k. Authors: drawn
-            from Beta(1, 1); below `MIN_NEGATIVE_WEIGHT` it is raised to it, as they do. None: no
-            harder negative.
-        negative_columns: (N,) int64, the column k of each anchor.
-        sentence_ids: (M,) or (G, M) int64, as in `logits`: a false negative is never the hardest.
-            An anchor without any true negative keeps v_i.
-
-    Returns:
-        (N, D) float32 (float64 for float64 inputs) unit vectors, the positives; the same, or None,
-        the negatives.
-
-    Raises:
-        ValueError: a tensor has another shape, or a negative weight has no columns.
+    Such a loss would change with the rows computed at a time. A made matrix is given as a whole and
+    row by row, and logits and their slopes compared.
     """
-    with torch.autocast(u.device.type, enabled=False):
-        u, v = _unit_views(u, v)
-        sim = u.detach() @ v.detach().T
+    generator = torch.Generator().manual_seed(0)
+    sim = 2 * torch.rand(6, 9, dtype=torch.float64, generator=generator) - 1
+    weights = torch.rand(6, 9, dtype=torch.float64, generator=generator)
+    whole, single = sim.clone().requires_grad_(), sim.clone().requires_grad_()
     positives = _positives(sim, 0)
-    if sentence_ids is not None:
-        sim = sim.masked_fill(_repeats(sentence_ids, positives, 0), -math.inf)
-    # No cosine is as low as -2: the positive is taken where no true negative is left.
-    hardest = sim.masked_fill(positives, -2).argmax(dim=1)
-    positive = _mix(v[: len(u)], v[hardest], positive_weight)
-    if negative_weight is None:
-        return positive, None
-    if negative_columns is None or negative_columns.shape != (len(u),):
-        raise ValueError(f"a negative weight needs negative_columns, ({len(u)},) int64")
-    share = torch.as_tensor(negative_weight).clamp_min(MIN_NEGATIVE_WEIGHT)
-    return positive, _mix(v[negative_columns], u, share)
-
-
-def core_tuning(
-    u: Tensor,
-    v: Tensor,
-    positive_weight: Tensor | float = 1.0,
-    negative_weight: Tensor | float | None = None,
-    negative_columns: Tensor | None = None,
-    objective: Objective = "focal_info_nce",
-    temperature: float = 0.05,
-    m: float = 0.3,
-    modulate: Modulate = "both",
-    stop_gradient: bool = False,
-    alpha: float = ALPHA,
-    sentence_ids: Tensor | None = None,
-    *,
-    margin: float = 0.0,
-    teacher: tuple[Tensor, Tensor] | None = None,
-    focal_weight: bool = False,
-) -> Tensor:
-    """The loss with the `mixed_pairs` of Core-tuning, on the whole matrix.
-
-    The mean of two losses: the usual one, and that with the harder positive in place of v_i. In
-    both the harder negative of an anchor is one more logit of its row, of its row alone; where
-    the drawn column is a false negative or the anchor's own it is left out. With the default
-    weights nothing is mixed and the loss is `loss`, up to rounding. The authors' code keeps such
-    draws, and counts the mixed vectors as further anchors of a supervised contrastive loss; here
-    they are candidates only.
-
-    Args:
-        u, v, positive_weight, negative_weight, negative_columns: as in `mixed_pairs`.
-        objective, temperature, m, modulate, stop_gradient, alpha: as in `gradient_weights`.
-        sentence_ids: (M,) or (G, M) int64, as in `logits`.
-        margin, teacher: as in `chunked_loss`; a harder negative has the teacher's similarity of
-            the sentence that was drawn.
-        focal_weight: as in `loss`; Core-tuning has it on.
-
-    Returns:
-        () float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: as in `chunked_loss` and `mixed_pairs`.
-    """
-    modulate = effective_modulation(objective, modulate)
-    alpha = effective_alpha(objective, alpha)
-    with torch.autocast(u.device.type, enabled=False):
-        u, v = _unit_views(u, v)
-        sim = u @ v.T
-        theirs = None
-        if margin and teacher is not None:
-            anchors, columns = _unit_teacher(teacher, u, v)
-            theirs = anchors @ columns.T
-    positives = _positives(sim, 0)
-    false = torch.zeros_like(positives)
-    if sentence_ids is not None:
-        false = _repeats(sentence_ids, positives, 0)
-    positive, negative = mixed_pairs(
-        u, v, positive_weight, negative_weight, negative_columns, sentence_ids
+    with torch.enable_grad():
+        together = objective.logits(whole, positives)
+        apart = [objective.logits(single[i : i + 1], positives[i : i + 1]) for i in range(6)]
+        if together.shape == sim.shape and all(x.shape == (1, 9) for x in apart):
+            pairs = [(together, torch.cat(apart))]
+            if together.requires_grad:
+                pairs.append(
+                    tuple(
+                        torch.autograd.grad((weights * z).sum(), s)[0]
+                        for z, s in ((together, whole), (pairs[0][1], single))
+                    )
+                )
+            if all(torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True) for a, b in pairs):
+                return
+    raise InputError(
+        f"rows depend on each other in {name(objective)}: the logits of a row must come from that "
+        "row of sim and positives alone, and be as many as its similarities"
     )
-    if negative is not None:
-        drawn = negative_columns[:, None]
-        false = torch.cat([false, (false | positives).gather(1, drawn)], dim=1)
-        sim = torch.cat([sim, (u * negative).sum(dim=1, keepdim=True)], dim=1)
-        if theirs is not None:
-            theirs = torch.cat([theirs, theirs.gather(1, drawn)], dim=1)
-    harder = torch.where(_positives(sim, 0), (u * positive).sum(dim=1, keepdim=True), sim)
-
-    def value(sim: Tensor) -> Tensor:
-        rows = logits(
-            sim, temperature, m, modulate, stop_gradient, alpha, margin=margin, teacher=theirs
-        )
-        return _cross_entropy(rows.masked_fill(false, -math.inf), focal_weight=focal_weight)
-
-    return (value(sim) + value(harder)) / 2

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from fcse.encoder import SentenceEncoder
+from fcse.encoder.sentence_encoder import SentenceEncoder
 
 
 def world() -> PartialState:

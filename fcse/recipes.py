@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from fcse.config import TrainConfig
 from fcse.errors import InputError
+from fcse.objectives import FocalInfoNCE
 
 _PAPER = TrainConfig(
+    objective=FocalInfoNCE(temperature=0.05, m=0.3),
     corpus="wiki1m",
-    temperature=0.05,
-    m=0.3,
     max_length=32,
     eval_steps=125,
     metric="stsb_dev",

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from fcse.data import SentencePairs
-from fcse.encoder import SentenceEncoder
+from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import pair_similarities
 

@@ -15,10 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fcse import analysis, plots
+from fcse import analysis, losses, plots
 from fcse.config import TrainConfig
-from fcse.losses import Modulate
-from fcse.losses import loss as batch_loss
+from fcse.losses import Columns
+from fcse.methods.adap_acse import AdapACSE, turn
+from fcse.methods.core_tuning import CoreTuning, FocalWeight
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE, named
+from fcse.objectives import name as name_of
 from fcse.recipes import recipe
 from fcse.widgets.pictures import encode, panel
 
@@ -32,8 +35,8 @@ _PLAIN = {
 PRESETS: dict[str, dict[str, Any]] = {
     "info_nce": _PLAIN,
     "focal_info_nce": _PLAIN
-    | {"positives": True, "negatives": True, "stop_gradient": False, "m": 0.3},
-    "hardness_info_nce": _PLAIN | {"alpha": analysis.ALPHA},
+    | {"positives": True, "negatives": True, "stop_gradient": False, "m": FocalInfoNCE.m},
+    "hardness_info_nce": _PLAIN | {"alpha": HardnessInfoNCE.alpha},
 }
 """Objective -> what its button sets; the temperature stays."""
 
@@ -67,20 +70,24 @@ class AblationPanel:
     The modulation and the hardness weight exclude each other: with a part of the modulation on,
     the loss is Focal-InfoNCE and alpha rests; else alpha above 0 makes it the hardness-weighted
     softmax, and alpha 0 InfoNCE. The margin (AdapACSE) and the focal weight (Core-tuning) go with
-    each of them.
+    each of them. A reader's own objective has a button, and its parameters as they were given.
 
     Attributes:
         widget: what a notebook displays.
         temperature, m, alpha, margin, positives, negatives, stop_gradient, focal_weight, anchor:
             the controls; setting `.value` redraws.
-        presets: objective -> its button, see `PRESETS`.
+        presets: objective -> its button: those of `PRESETS`, and own ones by their names.
         png, alt: the present picture, for readers without a running kernel, and what it shows.
         table: the present candidates, see `analysis.candidates`.
         seconds: how long the last redraw took.
     """
 
     def __init__(
-        self, sim: Tensor, sentences: Sequence[str], teacher: Tensor | None = None
+        self,
+        sim: Tensor,
+        sentences: Sequence[str],
+        teacher: Tensor | None = None,
+        own: Sequence[Any] = (),
     ) -> None:
         """Build the panel.
 
@@ -89,6 +96,7 @@ class AblationPanel:
             sentences: the batch, N sentences.
             teacher: (N, N) float, a teacher's similarities of them, such as
                 `analysis.readout_similarities`; without one the margin rests.
+            own: objectives of the reader's, values.
 
         Raises:
             ValueError: `sim` is not square, or has not one row a sentence.
@@ -100,6 +108,8 @@ class AblationPanel:
         # At the lowest temperatures every negative's probability underflows in float32.
         self.sim = sim.double()
         self._teacher = teacher
+        self._own = {name_of(named(objective)): objective for objective in own}
+        self._chosen: Any = None
         self.sentences = list(sentences)
         self._setting = False
         self._make_controls()
@@ -156,51 +166,65 @@ class AblationPanel:
         sliders = (self.temperature, self.m, self.alpha, self.margin)
         toggles = (self.positives, self.negatives, self.stop_gradient, self.focal_weight)
         for control in (*sliders, *toggles, self.anchor):
-            control.observe(lambda _: self.redraw(), names="value")
+            control.observe(self._change, names="value")
         self.presets = {}
-        for key in PRESETS:
-            button = widgets.Button(description=plots.NAMES[key], layout={"width": "14em"})
+        for key in (*PRESETS, *self._own):
+            label = key if key in self._own else name_of(named(key))
+            button = widgets.Button(description=label, layout={"width": "14em"})
             button.on_click(lambda _, key=key: self.set_to(key))
             self.presets[key] = button
 
-    @property
-    def loss(self) -> dict[str, Any]:
-        """The loss chosen, as arguments of `losses.gradient_weights`: those that act on it.
+    def _change(self, change: dict[str, Any]) -> None:
+        beside = (self.anchor, self.margin, self.focal_weight)
+        if not self._setting and change["owner"] not in beside:
+            self._chosen = None  # a control of the kit's objectives
+        self.redraw()
 
-        A margin's teacher is not among them.
-        """
+    @property
+    def objective(self) -> Any:
+        """The objective chosen, with the parameters that act on it."""
+        if self._chosen is not None:
+            return self._chosen
         # A browser may send 0.30000000000000004, which would be another run.
-        m, alpha = round(self.m.value, 6), round(self.alpha.value, 6)
-        loss: dict[str, Any] = {"temperature": round(self.temperature.value, 6)}
-        if self.margin.value and not self.margin.disabled:
-            loss["margin"] = round(self.margin.value, 6)
-        if self.focal_weight.value:
-            loss["focal_weight"] = True
-        modulate = self._modulate
-        if modulate == "none":
-            if alpha == 0:
-                return loss | {"objective": "info_nce"}
-            return loss | {"objective": "hardness_info_nce", "alpha": alpha}
-        loss |= {"objective": "focal_info_nce", "modulate": modulate}
-        if self.negatives.value:
-            loss["m"] = m
-        return loss | {"stop_gradient": self.stop_gradient.value}
+        temperature, m = round(self.temperature.value, 6), round(self.m.value, 6)
+        alpha = round(self.alpha.value, 6)
+        positives, negatives = self.positives.value, self.negatives.value
+        if positives or negatives:
+            modulate = "both" if positives and negatives else "positive"
+            modulate = modulate if positives else "negative"
+            focal = FocalInfoNCE(temperature, m, modulate, self.stop_gradient.value)
+            return focal.canonical()
+        return HardnessInfoNCE(temperature, alpha) if alpha else InfoNCE(temperature)
+
+    @property
+    def methods(self) -> tuple[AdapACSE | CoreTuning, ...]:
+        """The margin and the focal weight, where they are on."""
+        margin = 0.0 if self.margin.disabled else round(self.margin.value, 6)
+        weight = CoreTuning(focal_weight=self.focal_weight.value, mixing=False)
+        return tuple(method for method in (AdapACSE(margin), weight) if method.on)
+
+    @property
+    def seen(self) -> tuple[Any, Columns]:
+        """Objective and columns by which the loss sees the batch, as `losses.loss` takes them."""
+        objective, turns = self.objective, []
+        for method in self.methods:
+            if isinstance(method, AdapACSE):
+                turns.append(turn(method.margin, self._teacher))
+            else:
+                objective = FocalWeight(objective)
+        return objective, Columns(turns=tuple(turns))
 
     @property
     def config(self) -> TrainConfig:
         """The short run that trains this very loss."""
-        return replace(recipe("minilm-short"), **self.loss)
-
-    @property
-    def _modulate(self) -> Modulate:
-        if self.positives.value:
-            return "both" if self.negatives.value else "positive"
-        return "negative" if self.negatives.value else "none"
+        short = recipe("minilm-short")
+        return replace(short, objective=self.objective, methods=self.methods)
 
     def set_to(self, objective: str) -> None:
-        """Set the controls to an objective of `PRESETS`, in one redraw."""
+        """Set the controls to an objective of `presets`, in one redraw."""
         self._setting = True
-        for name, value in PRESETS[objective].items():
+        self._chosen = self._own.get(objective)
+        for name, value in PRESETS.get(objective, {}).items():
             getattr(self, name).value = value
         self._setting = False
         self.redraw()
@@ -211,8 +235,8 @@ class AblationPanel:
         logit, slope, share = figure.subplots(1, 3)
         self._canvas = FigureCanvasAgg(figure)
         # Wide and pale below, narrow and full above: both show where they coincide, and in grey.
-        reference = {"color": plots.COLOURS["info_nce"], "alpha": 0.45}
-        chosen = {"color": plots.COLOURS["focal_info_nce"]}
+        reference = {"color": plots.style("InfoNCE").colour, "alpha": 0.45}
+        chosen = {"color": plots.style("Focal-InfoNCE").colour}
         self._lines = {}
         for axes, column in ((logit, "logit"), (slope, "slope")):
             (plain,) = axes.plot([], [], lw=6, label="InfoNCE", animated=True, **reference)
@@ -251,25 +275,37 @@ class AblationPanel:
         if self._setting:
             return
         started = time.perf_counter()
-        loss = self.loss
-        reference = {"objective": "info_nce", "temperature": loss["temperature"]}
+        objective, columns = self.seen
+        reference = analysis.plain(self.objective)
+        modulated = self.positives.value or self.negatives.value
         self.m.disabled = not self.negatives.value
-        self.stop_gradient.disabled = self._modulate == "none"
-        self.alpha.disabled = not self.stop_gradient.disabled
-        of_batch = loss | {"teacher": self._teacher}
-        shares = [analysis.decile_shares(self.sim, **each) for each in (reference, of_batch)]
-        rest = analysis.resting_point(**loss)
-        self._draw(analysis.curve(101, **reference), analysis.curve(101, **loss), shares, rest)
-        plain, chosen = (batch_loss(self.sim, **each).item() for each in (reference, of_batch))
-        name, variant = plots.NAMES[loss["objective"]], plots.NAMES[self.config.key]
-        name = variant if name in variant else f"{name} ({variant})"
-        self._facts.value = _describe(name, loss, rest, plain, chosen)
-        self.table = analysis.candidates(self.sim, self.sentences, self.anchor.value, **of_batch)
+        self.stop_gradient.disabled = not modulated
+        self.alpha.disabled = modulated
+        shares = [
+            analysis.decile_shares(self.sim, reference),
+            analysis.decile_shares(self.sim, objective, columns),
+        ]
+        unrelated = Columns(
+            turns=tuple(turn(m.margin) for m in self.methods if m.key == "adap_acse")
+        )
+        rest = analysis.resting_point(objective, unrelated)
+        curves = [
+            analysis.curve(reference, points=101),
+            analysis.curve(objective, unrelated, points=101),
+        ]
+        self._draw(*curves, shares, rest)
+        plain = losses.loss(self.sim, reference).item()
+        chosen = losses.loss(self.sim, objective, columns).item()
+        name = self.config.name
+        self._facts.value = _describe(name, self.objective, self.methods, rest, (plain, chosen))
+        self.table = analysis.candidates(
+            self.sim, self.sentences, self.anchor.value, objective, columns
+        )
         self._candidates.value = _candidates_html(self.table, self.anchor.value)
         self.png = encode(self._canvas)
         self.alt = (
             f"Logit, slope and share of the pull by decile: {name} at temperature "
-            f"{loss['temperature']:g} beside InfoNCE. The hardest tenth of the negatives gets "
+            f"{reference.temperature:g} beside InfoNCE. The hardest tenth of the negatives gets "
             f"{100 * shares[1][-1]:.0f} % of the pull, under InfoNCE {100 * shares[0][-1]:.0f} %."
         )
         self._picture.value = plots.image(self.png, self.alt)
@@ -299,37 +335,52 @@ class AblationPanel:
 
 
 def _describe(
-    name: str, loss: dict[str, Any], rest: float | None, plain: float, chosen: float
+    name: str,
+    objective: Any,
+    methods: Sequence[Any],
+    rest: float | None,
+    values: tuple[float, float],
 ) -> str:
-    """The loss in words and formulas, its value and its resting point, as HTML."""
-    arguments = analysis.logit_arguments(**loss)
-    modulate, alpha = arguments["modulate"], arguments["alpha"]
-    factor = "sg(<i>s</i>)" if loss.get("stop_gradient") else "<i>s</i>"
-    positive, negative = "<i>s</i>/<i>τ</i>", "<i>s</i>/<i>τ</i>"
-    if modulate in ("both", "positive"):
-        positive = f"<i>s</i> · {factor}/<i>τ</i>"
-    if modulate in ("both", "negative"):
-        negative = f"<i>s</i> · ({factor} + <i>m</i>)/<i>τ</i>"
-    if alpha:
-        negative += " + <i>α</i> · sg(<i>s</i>)"
+    """The loss in words and formulas, its value beside InfoNCE's, its resting point, as HTML."""
+    on = {method.key for method in methods}
+    margin = "adap_acse" in on
+    positive, negative = _formulas(objective)
+    modulated = isinstance(objective, FocalInfoNCE) and objective.modulate != "positive"
     point = "none: " + (
-        "the negatives are not modulated"
-        if modulate in ("none", "positive")
-        else "no negative is turned to it"
+        "no negative is turned to it" if modulated and margin else "the negatives are not modulated"
     )
     if rest is not None:
-        formula = "−<i>m</i>" if loss["stop_gradient"] else "−<i>m</i>/2"
-        if loss.get("margin"):
-            formula = f"cos(arccos({formula}) + margin)"
-        point = f"<i>s</i> = {formula} = {rest + 0:.3f}".replace("-", "−")
+        point = f"<i>s</i> = {rest + 0:.3f}"
+        if isinstance(objective, FocalInfoNCE):
+            formula = "−<i>m</i>" if objective.stop_gradient else "−<i>m</i>/2"
+            formula = f"cos(arccos({formula}) + margin)" if margin else formula
+            point = f"<i>s</i> = {formula} = {rest + 0:.3f}"
+        point = point.replace("-", "−")
+    plain, chosen = values
     return (
         '<div style="max-width: 75em">'
         f"<b>{html.escape(name)}</b>: logit of a positive {positive}, of a negative {negative}; "
         f"<b>resting point</b> {point}<br>"
         f"<b>loss of this batch</b> [nats]: InfoNCE {plain:.4f}, chosen {chosen:.4f}<br>"
-        f"{_SYMBOLS}{_MARGIN if loss.get('margin') else ''}"
-        f"{_FOCAL_WEIGHT if loss.get('focal_weight') else ''}</div>"
+        f"{_SYMBOLS}{_MARGIN if margin else ''}"
+        f"{_FOCAL_WEIGHT if 'core_tuning' in on else ''}</div>"
     )
+
+
+def _formulas(objective: Any) -> tuple[str, str]:
+    """The logits of a positive and of a negative, as HTML."""
+    plain = "<i>s</i>/<i>τ</i>"
+    if isinstance(objective, FocalInfoNCE):
+        factor = "sg(<i>s</i>)" if objective.stop_gradient else "<i>s</i>"
+        positive = f"<i>s</i> · {factor}/<i>τ</i>"
+        negative = f"<i>s</i> · ({factor} + <i>m</i>)/<i>τ</i>"
+        return (
+            positive if objective.modulate != "negative" else plain,
+            negative if objective.modulate != "positive" else plain,
+        )
+    if isinstance(objective, HardnessInfoNCE):
+        return plain, f"{plain} + <i>α</i> · sg(<i>s</i>)"
+    return (plain, plain) if isinstance(objective, InfoNCE) else ("as it is defined",) * 2
 
 
 def _candidates_html(table: pd.DataFrame, anchor: int) -> str:
@@ -345,7 +396,7 @@ def _candidates_html(table: pd.DataFrame, anchor: int) -> str:
         weight = "bold" if row.candidate == anchor else "normal"
         rows.append(
             f'<tr style="font-weight: {weight}"><td>{kind}</td>{cell}{row.similarity:.3f}</td>'
-            f"{cell}{100 * row.info_nce:.2f}</td>{cell}{100 * row.chosen:.2f}</td>"
+            f"{cell}{100 * row.plain:.2f}</td>{cell}{100 * row.chosen:.2f}</td>"
             f"<td>{html.escape(row.sentence)}</td></tr>"
         )
     heads = ("kind", "similarity s", "InfoNCE [%]", "chosen loss [%]", "candidate")

@@ -2,21 +2,20 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
 from torch import Tensor
 
 from fcse import analysis, plots
-from fcse.losses import Objective
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
+from fcse.objectives import name as name_of
 from fcse.training import TrainResult
 from fcse.widgets.pictures import SliderNames
 
 ROWS = 12
 """Negatives, and pairs, that a table shows."""
-
-OBJECTIVES = get_args(Objective)
 
 
 class NegativeExplorer:
@@ -39,7 +38,7 @@ class NegativeExplorer:
         """Build the explorer.
 
         Args:
-            runs: key of the figures -> run, as of `study.pick_runs`.
+            runs: name -> run, as of `study.embedded.pick_runs`.
             sentences: the batch, N sentences.
             labels: the article that each comes from.
         """
@@ -47,7 +46,7 @@ class NegativeExplorer:
         self._sims: dict[tuple[str, int], Tensor] = {}
         wide = {"style": {"description_width": "9em"}, "layout": {"width": "100%"}}
         self.run = widgets.Dropdown(
-            options=[(plots.NAMES[key], key) for key in runs],
+            options=list(runs),
             description="encoder",
             style={"description_width": "9em"},
         )
@@ -96,7 +95,7 @@ class NegativeExplorer:
         (whether the pair is a likely one).
         """
         config, sim = self._runs[run].config, self.similarities(run, step)
-        table = analysis.anchor_negatives(sim, anchor, config.temperature, config.m)
+        table = analysis.anchor_negatives(sim, anchor, compared(config.objective))
         found = analysis.likely_false_negatives(sim, self._labels)
         partners = {*found["j"][found["i"] == anchor], *found["i"][found["j"] == anchor]}
         return table.assign(
@@ -139,16 +138,16 @@ class NegativeExplorer:
 
     def _negatives_html(self) -> str:
         table = self.table
-        shares = {o: table[o].abs() / table[o].abs().sum() for o in OBJECTIVES}
+        losses = list(map(name_of, compared(self._runs[self.run.value].config.objective)))
+        shares = {loss: table[loss].abs() / table[loss].abs().sum() for loss in losses}
         rows = []
-        for k, row in enumerate(table.head(ROWS).itertuples()):
-            cells = [f"<td>{k + 1}</td><td>{row.similarity:.3f}</td>"]
-            for objective in OBJECTIVES:
-                cells.append(_weight(getattr(row, objective), shares[objective][k], objective))
-            mark = "⚑ likely" if row.false_negative else ""
+        for k, row in enumerate(table.head(ROWS).to_dict("records")):
+            cells = [f"<td>{k + 1}</td><td>{row['similarity']:.3f}</td>"]
+            cells += [_weight(row[loss], shares[loss][k], loss) for loss in losses]
+            mark = "⚑ likely" if row["false_negative"] else ""
             cells.append(f"<td style='white-space:nowrap'><b>{mark}</b></td>")
-            cells.append(f"<td>{html.escape(row.article)}</td>")
-            cells.append(f"<td>{html.escape(row.sentence)}</td>")
+            cells.append(f"<td>{html.escape(row['article'])}</td>")
+            cells.append(f"<td>{html.escape(row['sentence'])}</td>")
             rows.append("<tr>" + "".join(cells) + "</tr>")
         anchor = html.escape(self._sentences[self.anchor.value])
         return _table(
@@ -158,7 +157,7 @@ class NegativeExplorer:
             [
                 "rank",
                 "similarity s",
-                *(f"pull, {plots.NAMES[o]}" for o in OBJECTIVES),
+                *(f"pull, {html.escape(loss)}" for loss in losses),
                 "false negative?",
                 "article",
                 "sentence",
@@ -183,9 +182,18 @@ class NegativeExplorer:
         )
 
 
-def _weight(pull: float, share: float, objective: str) -> str:
+def compared(objective: Any) -> list[Any]:
+    """The three kinds of objective at a run's temperature, and its own where it is another."""
+    temperature = analysis.plain(objective).temperature
+    kinds = [kind(temperature) for kind in (InfoNCE, FocalInfoNCE, HardnessInfoNCE)]
+    same = [type(each) is type(objective) for each in kinds]
+    kinds = [objective if here else each for each, here in zip(kinds, same, strict=True)]
+    return kinds if any(same) else [*kinds, objective]
+
+
+def _weight(pull: float, share: float, loss: str) -> str:
     """A cell with a pull, its share in percent, and a bar of that length in the loss's colour."""
-    bar = f"linear-gradient(to right, {plots.COLOURS[objective]}55 {100 * share:.1f}%, #0000 0)"
+    bar = f"linear-gradient(to right, {plots.style(loss).colour}55 {100 * share:.1f}%, #0000 0)"
     text = f"{pull:.2g} ({100 * share:.0f} %)"
     return f"<td style='background:{bar}; white-space:nowrap; padding-right:1em'>{text}</td>"
 

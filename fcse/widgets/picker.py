@@ -11,10 +11,12 @@ from typing import Generic, TypeVar
 import ipywidgets as widgets
 import pandas as pd
 
-from fcse import report
 from fcse.errors import InputError
+from fcse.objectives import VARIANTS
+from fcse.objectives import name as name_of
 from fcse.recipes import recipe
-from fcse.study import OBJECTIVES, SHORT, pick_runs, train_objectives
+from fcse.study import report
+from fcse.study.embedded import SHORT, pick_runs, train_objectives
 from fcse.training import TrainResult
 
 Runs = TypeVar("Runs")
@@ -107,7 +109,7 @@ class RunPicker(_Picker[dict[str, TrainResult]]):
     Attributes:
         widget: what a notebook displays.
         choice, name: the controls; `name` takes a hub name or a folder, and acts on Enter.
-        source: what is picked, as `study.pick_runs` takes it; `runs` is what that gives.
+        source: what is picked, as `study.embedded.pick_runs` takes it; `runs` is what that gives.
         message: what the widget says.
     """
 
@@ -168,10 +170,11 @@ class SeedsPicker(_Picker[pd.DataFrame]):
         if source == self._fresh:
             for seed in self._seeds:
                 trained = train_objectives(replace(recipe(self._recipe), seed=seed))
-            folder = trained["info_nce"].folder.parent
+            folder = next(iter(trained.values())).folder.parent
+        both = [name_of(objective) for objective in VARIANTS[:2]]
         runs = report.load_runs(folder, self._recipe)
-        runs = runs[runs["objective"].isin(OBJECTIVES) & runs["seed"].isin(self._seeds)]
-        paired = runs.groupby(["settings", "seed"])["objective"].nunique() == len(OBJECTIVES)
+        runs = runs[runs["name"].isin(both) & runs["seed"].isin(self._seeds)]
+        paired = runs.groupby(["settings", "seed"])["name"].nunique() == len(both)
         seeds = paired.groupby("settings").sum()
         if seeds.max() < 2 or seeds.empty:
             raise InputError(

@@ -24,14 +24,14 @@ class TrajectoryPlane:
         """Build the plane.
 
         Args:
-            path: columns "run" (a key of `plots.NAMES`), "step", "alignment", "uniformity",
+            path: columns "name" of the loss, "step", "alignment", "uniformity",
                 "score" (100 x Spearman), as of `study.trajectories`.
         """
         self._path = path.reset_index(drop=True)
-        runs = list(dict.fromkeys(path["run"]))
-        names = [plots.NAMES[run] for run in runs]
+        names = list(dict.fromkeys(path["name"]))
+        colours = {name: plots.style(name).colour for name in names}
         table = self._path.assign(
-            loss=pd.Categorical(self._path["run"].map(plots.NAMES), names),
+            loss=pd.Categorical(self._path["name"], names),
             **{"Lee: Spearman × 100": self._path["score"].round(2)},
         )
         # Room around the points, for the lines to be seen.
@@ -43,7 +43,7 @@ class TrajectoryPlane:
             x_scale=self._x,
             y_scale=self._y,
             color_by="loss",
-            color_map={plots.NAMES[run]: plots.COLOURS[run] for run in runs},
+            color_map=colours,
             size=9,
             opacity=1,
             opacity_by=None,
@@ -51,7 +51,7 @@ class TrajectoryPlane:
             connect_order="step",
             connect_straight=True,
             connection_color_by="loss",
-            connection_color_map=[plots.COLOURS[run] for run in runs],
+            connection_color_map=list(colours.values()),
             connection_opacity=0.7,
             connection_size=3,
             axes_labels=["uniformity (lower is better)", "alignment (lower is better)"],
@@ -98,7 +98,7 @@ class TrajectoryPlane:
         best = self._path.loc[total.idxmin()]
         self._facts.value = (
             f"On a grey line alignment + {weight:.2f} · uniformity is the same. <b>Lowest</b>: "
-            f"{total.min():.3f}, {plots.NAMES[best['run']]} after step {best['step']:.0f}."
+            f"{total.min():.3f}, {best['name']} after step {best['step']:.0f}."
         )
 
 

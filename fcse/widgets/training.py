@@ -3,11 +3,10 @@
 import hashlib
 import html
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from fcse import plots
 from fcse.config import TrainConfig
 from fcse.data import load_corpus
 from fcse.errors import InputError
-from fcse.losses import effective_modulation
-from fcse.runs import RunFolder
-from fcse.training import run_folder
+from fcse.training import apart, run_folder, train
+from fcse.training.folder import RunFolder
 from fcse.widgets.pictures import encode, panel
 
 _POLL = 0.5
@@ -195,11 +193,8 @@ class TrainingPanel:
         try:
             with (
                 tempfile.TemporaryFile() as complaints,
-                subprocess.Popen(
-                    _command(config, folder.path),
-                    stdin=subprocess.PIPE,  # it ends when this pipe does
-                    stdout=subprocess.DEVNULL,
-                    stderr=complaints,
+                apart.start(
+                    train, replace(config, output=folder.path), output=complaints
                 ) as process,
             ):
                 while process.poll() is None and not self._stopping.wait(_POLL):
@@ -228,7 +223,9 @@ class TrainingPanel:
         if run != self.live:
             self.live = run
             loss = f", loss {run.losses[-1]:.4f} nats" if run.losses else ""
-            self._say(f"Training {_name(run)}: step {len(run.losses)} of {config.steps}{loss}.")
+            self._say(
+                f"Training {run.config.name}: step {len(run.losses)} of {config.steps}{loss}."
+            )
             self._draw()
 
     def _join(self, run: Progress) -> None:
@@ -274,18 +271,6 @@ class TrainingPanel:
                 self._say(f"{name.name} is the corpus now.")
 
 
-def _command(config: TrainConfig, folder: Path) -> list[str]:
-    """The command line that trains a config into a folder, every field of it a flag."""
-    flags = []
-    for name, value in (asdict(config) | {"output": folder}).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            flags.append(f"--{flag}={value}")
-    return [sys.executable, "-m", "fcse.attended", "train", *flags]
-
-
 def _end(process: subprocess.Popen) -> None:
     """Terminate a process, and kill it where that takes more than five seconds."""
     process.terminate()
@@ -326,11 +311,11 @@ def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> t
     figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
-    runs = [(f"{i} · {_name(run)}", run, 1.5) for i, run in enumerate(finished, start=1)]
+    runs = [(f"{i} · {run.config.name}", run, 1.5) for i, run in enumerate(finished, start=1)]
     if live is not None:
-        runs.append((f"now · {_name(live)}", live, 3.5))
+        runs.append((f"now · {live.config.name}", live, 3.5))
     for label, run, width in runs:
-        style = {"color": plots.COLOURS[run.config.key], "lw": width, "label": label}
+        style = {"color": plots.style(run.config.name).colour, "lw": width, "label": label}
         losses.plot(range(1, len(run.losses) + 1), run.losses, **style)
         steps, lee = _column(run, "step"), _column(run, "lee")
         scores.plot(steps, lee, marker="o", **style)
@@ -355,10 +340,6 @@ def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> t
     return encode(canvas), "Loss and Lee score over the steps. " + " ".join(said)
 
 
-def _name(run: Progress) -> str:
-    return plots.NAMES[run.config.key]
-
-
 def _column(run: Progress, name: str) -> list[float]:
     return [line[name] for line in run.evaluations]
 
@@ -373,15 +354,14 @@ def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
     """Finished runs side by side.
 
     Returns:
-        One row a run: "run" (its number), "loss", "settings" (the parameters that act on it),
+        One row a run: "run" (its number), "loss" (its name),
         "encoder", "corpus", "seed", "steps", "Lee before", "Lee after" (100 x Spearman).
     """
     return pd.DataFrame(
         [
             {
                 "run": number,
-                "loss": _name(run),
-                "settings": _settings(run.config),
+                "loss": run.config.name,
                 "encoder": Path(run.config.encoder).name,
                 "corpus": Path(run.config.corpus).name,
                 "seed": run.config.seed,
@@ -392,18 +372,6 @@ def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
             for number, run in enumerate(runs, start=1)
         ]
     )
-
-
-def _settings(config: TrainConfig) -> str:
-    said = [f"τ {config.temperature:g}"]
-    modulate = effective_modulation(config.base, config.modulate)
-    if modulate in ("both", "negative"):
-        said.append(f"m {config.m:g}")
-    if modulate != "none" and config.stop_gradient:
-        said.append(f"modulates {modulate}")
-    if config.base == "hardness_info_nce":
-        said.append(f"α {config.alpha:g}")
-    return ", ".join(said)
 
 
 def _comparison_html(runs: Sequence[Progress]) -> str:

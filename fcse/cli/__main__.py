@@ -1,0 +1,5 @@
+"""`python -m fcse.cli`."""
+
+from fcse.cli import main
+
+main()

@@ -1,0 +1,319 @@
+"""What each command does: fcse train | evaluate | compare | report | import | study | ..."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import tyro
+from tqdm.auto import tqdm
+
+from fcse import __version__, data, plots, processes
+from fcse.cli.doctor import examine
+from fcse.config import TrainConfig
+from fcse.encoder.checkpoints import import_checkpoint
+from fcse.encoder.pooling import Pooling
+from fcse.encoder.sentence_encoder import SentenceEncoder
+from fcse.errors import InputError, writing
+from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
+from fcse.recipes import recipe
+from fcse.statistics import check_bootstrap, compare_tasks
+from fcse.study.embedded import study
+from fcse.study.findings import draw, take_over
+from fcse.study.grid import Grid, plan, read_grid
+from fcse.study.published import SIMCSE_50_SEEDS
+from fcse.study.report import beside_published, load_runs, over_seeds, score_runs
+from fcse.study.workers import check_workers, estimate, run_grid
+from fcse.training import train
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train an encoder; a run that is there already is loaded, not repeated."""
+    result = train(config)
+    first, last = result.evaluations[0], result.evaluations[-1]
+    for name in first:
+        if name != "step":
+            print(f"{name:24}{first[name]:8.2f} ->{last[name]:8.2f}")
+    print(f"run: {result.folder}")
+
+
+def run_evaluate(
+    model: Annotated[str, tyro.conf.Positional],
+    pooling: Pooling | None = None,
+    senteval: Path | None = None,
+    tasks: tuple[str, ...] = data.STS_TASKS,
+    aggregate: Aggregate = "all",
+    json_: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Score an encoder: 100 x Spearman on STS tasks as SentEval reports it, their mean as avg.
+
+    STSBenchmark and SICKRelatedness are scored on their dev split too.
+
+    Args:
+        model: minilm (packaged), a run or model folder, or a hub name.
+        pooling: How tokens become a sentence vector; by default what the model declares, else cls.
+        senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
+        tasks: SentEval names, or Lee for the packaged judgements, which need no folder.
+        aggregate: How the parts of a yearly task join: all pairs together, or the (weighted) mean.
+        json_: Also write the scores to this file, with those of each part.
+    """
+    _check_json(json_)
+    judged = _load_tasks(tasks, senteval)
+    averaged = [task for task in judged if task != "Lee"]
+    for task in ("STSBenchmark", "SICKRelatedness"):
+        if task in judged:
+            judged[f"{task}-dev"] = data.load_sts(task, "dev", senteval)
+    encoder = SentenceEncoder.from_pretrained(model, pooling)
+    similarities = pair_similarities(encoder, list(judged.values()))
+    scores, subsets = {}, {}
+    for (name, pairs), similarity in zip(judged.items(), similarities, strict=True):
+        scores[name] = aggregate_spearman(similarity, pairs, aggregate)
+        subsets[name] = subset_scores(similarity, pairs)
+    if averaged:
+        scores["avg"] = sum(scores[task] for task in averaged) / len(averaged)
+    about = {"model": model, "pooling": encoder.pooling, "aggregate": aggregate}
+    print(f"{model}, pooling {encoder.pooling}, aggregate {aggregate}: 100 x Spearman")
+    for name, score in scores.items():
+        print(f"{name:22}{score:8.2f}")
+    if json_ is not None:
+        _write_json(json_, about | {"fcse": __version__} | scores | {"subsets": subsets})
+
+
+def run_compare(
+    a: Annotated[str, tyro.conf.Positional],
+    b: Annotated[str, tyro.conf.Positional],
+    pooling: Pooling | None = None,
+    senteval: Path | None = None,
+    tasks: tuple[str, ...] = ("Lee",),
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    json_: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Is encoder b better than a on these pairs: paired bootstrap of the Spearman difference.
+
+    The interval covers other pairs, not other seeds: for those train several and see fcse report.
+
+    Args:
+        a: minilm (packaged), a run or model folder, or a hub name.
+        b: Likewise; differences are b - a.
+        pooling: Of both; by default what each declares, else cls.
+        senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
+        tasks: SentEval names, or Lee for the packaged judgements.
+        resamples: Bootstrap draws, at least 100.
+        confidence: Of the interval, between 0 and 1.
+        json_: Also write the comparison to this file.
+    """
+    _check_json(json_)
+    check_bootstrap(resamples, confidence)
+    judged = list(_load_tasks(tasks, senteval).values())
+    encoders = [SentenceEncoder.from_pretrained(model, pooling) for model in (a, b)]
+    results = compare_tasks(*encoders, judged, resamples, confidence)
+    names = [pairs.name for pairs in judged] + ["mean"]
+    rows = dict(zip(names, results, strict=True))
+    if len(judged) == 1:
+        del rows["mean"]
+    print(f"{b} minus {a}: 100 x Spearman, paired bootstrap of {resamples} draws over pairs")
+    for name, result in rows.items():
+        print(f"{name:18}{result}")
+    if json_ is not None:
+        about = {"a": a, "b": b, "poolings": [e.pooling for e in encoders], "fcse": __version__}
+        _write_json(json_, about | {name: asdict(result) for name, result in rows.items()})
+
+
+def run_report(
+    runs: Annotated[Path | None, tyro.conf.Positional] = None,
+    sts: bool = False,
+    senteval: Path | None = None,
+    figures: Path | None = None,
+) -> None:
+    """Losses over their seeds with intervals, and runs beside the published numbers.
+
+    Scores are kept in each run's folder, so that a second report takes seconds.
+
+    Args:
+        runs: A folder of runs, or one run; by default FCSE_RUNS, else runs/, where there is one.
+        sts: Score the seven STS tasks too; their mean is what stands beside the published ones.
+        senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
+        figures: Folder for the two figures, as PNG, SVG and CSV.
+    """
+    default = Path(os.environ.get("FCSE_RUNS", "runs"))
+    folder = runs or (default if default.is_dir() else None)
+    scores = None
+    if folder is not None:
+        found = load_runs(folder)
+        tasks = _load_tasks(("Lee", *(data.STS_TASKS if sts else ())), senteval)
+        scores = score_runs(found, list(tasks.values()))
+        summary = over_seeds(scores)
+        _print_seeds(summary)
+    points = beside_published(scores)
+    print("\nmean of the seven STS tasks, and its distance from 50 seeds of SimCSE in their sd")
+    for row in points.itertuples():
+        distance = "" if math.isnan(row.z) else f"{row.z:+8.1f} sd"
+        print(f"{row.backbone:22}{row.name:16}{row.avg:7.2f}{distance:12}  {row.source}")
+    if any(points["backbone"] == "minilm"):
+        print("minilm was tuned on supervised pairs: no comparison with the rows above it")
+    if figures is not None:
+        plots.save(
+            plots.beside_published(points, SIMCSE_50_SEEDS), points, figures / "beside_published"
+        )
+        if scores is not None:
+            for i, (settings, rows) in enumerate(scores.groupby("settings", sort=False), start=1):
+                part = summary[summary["settings"] == settings]
+                plots.save(plots.over_seeds(rows, part), rows, figures / f"over_seeds_{i}")
+        print(f"\nfigures: {figures}/")
+
+
+def _print_seeds(summary: pd.DataFrame) -> None:
+    width = 2 + summary["name"].str.len().max()
+    for settings, table in summary.groupby("settings", sort=False):
+        print(f"\n{settings or 'all runs share their settings'}: 100 x Spearman over seeds")
+        for row in table.itertuples():
+            spread = "one seed: no interval"
+            if row.seeds > 1:
+                spread = f"sd {row.sd:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f}"
+            print(f"{row.task:16}{row.name:{width}}{row.mean:7.2f}  n = {row.seeds}, {spread}")
+            if row.gain is not None:
+                print(f"{'':{16 + width}}over InfoNCE, paired: {row.gain}")
+
+
+def run_import(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
+    encoder: str | None = None,
+    pooling: Pooling = "cls",
+) -> None:
+    """Turn a checkpoint of the original SimCSE or Focal-InfoNCE trainer into a model folder.
+
+    Args:
+        checkpoint: The folder the trainer wrote, or its weight file (safetensors, or a pickle
+            that holds tensors only).
+        output: The model folder to write.
+        encoder: Where architecture and tokenizer come from; by default the checkpoint's folder.
+        pooling: Of the training; cls brings the MLP head along.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"output {output} is there already: name a new folder")
+    imported = import_checkpoint(checkpoint, encoder, pooling)
+    with writing(f"output {output}"):
+        imported.save_pretrained(output)
+    print(f"model: {output} (pooling {pooling})")
+
+
+def _load_tasks(tasks: Sequence[str], senteval: Path | None) -> dict[str, data.SentencePairs]:
+    known = (*data.STS_TASKS, "Lee")
+    if not tasks or not set(tasks) <= set(known):
+        wrong = next((task for task in tasks if task not in known), "")
+        raise InputError(f"unknown task {wrong!r}: choose from {', '.join(known)}")
+    return {
+        task: data.load_lee() if task == "Lee" else data.load_sts(task, folder=senteval)
+        for task in dict.fromkeys(tasks)
+    }
+
+
+def _check_json(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"--json {path} cannot be written: name a file in a folder that exists")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    if not processes.world().is_main_process:
+        return
+    with writing(path):
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def run_study(
+    seed: int = 0,
+    figures: Path | None = None,
+    config: Path | None = None,
+    output: Path | None = None,
+    workers: int | None = None,
+    keep_models: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Train InfoNCE and Focal-InfoNCE on the embedded default, score both, draw the figures.
+
+    With --config a grid of runs instead, each trained and scored once: one row a run in
+    OUTPUT/results.csv. What is there already is not repeated.
+
+    Args:
+        seed: Of head, data order and dropout; a grid names its own.
+        figures: Folder for PNG, SVG and CSV; by default study/ beside the runs. A grid draws none.
+        config: TOML file of a grid, see the README.
+        output: Folder of the grid; by default named as the file, under FCSE_RUNS, else runs/.
+        workers: Runs at a time; by default one a GPU, else one.
+        keep_models: Keep the weights of the grid's runs, not only what came out.
+        dry_run: Say what the grid would run and how long that takes; write nothing.
+    """
+    if config is not None:
+        if seed or figures:
+            raise InputError("--seed and --figures do not go with --config: name seeds in the file")
+        folder = output or Path(os.environ.get("FCSE_RUNS", "runs")) / config.stem
+        _run_grid(read_grid(config, folder), workers, keep_models, dry_run)
+        return
+    if output or workers is not None or keep_models or dry_run:
+        raise InputError("--output, --workers, --keep-models and --dry-run need --config")
+    table, folder = study(replace(recipe("minilm-wiki"), seed=seed), figures)
+    wide = table.pivot(index="encoder", columns="task", values="score")
+    wide = wide.loc[table["encoder"].unique(), table["task"].unique()].round(2)
+    print("\nSpearman x 100 against human judgements (one seed: a difference is no proof)\n")
+    print(wide.rename_axis(index=None, columns=None).to_string())
+    print(f"\nfigures: {folder}/\nnotebooks: make lab")
+    print("an interval for a difference: fcse compare; over several seeds: fcse report")
+
+
+def _run_grid(grid: Grid, workers: int | None, keep_models: bool, dry_run: bool) -> None:
+    at_a_time = check_workers(workers)
+    runs = grid.to_run()
+    print(f"{len(grid.runs)} runs: {len(grid.runs) - len(runs)} done, {len(runs)} to run")
+    if dry_run and runs:
+        print(f"\n{plan(runs).to_string(index=False)}\n")
+        seconds, source = estimate(grid, runs)
+        took = tqdm.format_interval(round(seconds / min(at_a_time, len(runs))))
+        print(f"estimated time of training, {at_a_time} at a time: {took} ({source})")
+    if not dry_run:
+        run_grid(grid, workers, keep_models)
+        print(f"results: {grid.folder / 'results.csv'}")
+        print(f"losses over seeds: fcse report {grid.folder / 'runs'}")
+
+
+def run_findings(
+    folder: Annotated[Path, tyro.conf.Positional] = Path("figures/study"),
+    runs: Path | None = None,
+) -> None:
+    """What the study found: settings chosen, contrasts over seeds; its figures, drawn again.
+
+    Args:
+        folder: The study's tables, one CSV beside each TOML file of a grid; figures go there too.
+        runs: Where fcse study put those grids, else the tables are taken as they are.
+    """
+    if runs is not None:
+        take_over(folder, runs)
+    found = draw(folder)
+    for name, said in (
+        ("chosen", "learning rate of each loss, best on the dev split"),
+        ("contrasts", "over seeds, paired; p_holm is corrected for the number of comparisons"),
+        ("methods", "methods without and with the modulation, likewise"),
+    ):
+        if name in found:
+            table = found[name].to_string(index=False, float_format="{:.3g}".format)
+            print(f"\n{said}\n{table}")
+    print(f"\nfigures: {folder}/")
+
+
+def run_doctor() -> None:
+    """Say what this machine has, what is wrong with it, and how to mend that.
+
+    Device, threads, precision, memory, folders, packaged assets, STS data, hub.
+    """
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        print(f"{'' if finding.healthy else '! '}{finding.what:12}{finding.said}")
+    wrong = [finding.what for finding in findings if not finding.healthy]
+    if wrong:
+        raise InputError(f"to be mended, see above: {', '.join(dict.fromkeys(wrong))}")

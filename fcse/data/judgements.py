@@ -1,0 +1,217 @@
+"""Human judgements by name: Lee's documents, packaged, and the STS tasks in SentEval's layout."""
+
+import math
+import os
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fcse.data.assets import (
+    LEE_DOCUMENTS,
+    LEE_JUDGEMENTS,
+    cache_folder,
+    download,
+    is_file,
+    sha256,
+)
+from fcse.errors import InputError, first_line
+
+STS_SUBSETS: dict[str, tuple[str, ...]] = {
+    "STS12": ("MSRpar", "MSRvid", "SMTeuroparl", "surprise.OnWN", "surprise.SMTnews"),
+    "STS13": ("FNWN", "headlines", "OnWN"),
+    "STS14": ("deft-forum", "deft-news", "headlines", "images", "OnWN", "tweet-news"),
+    "STS15": ("answers-forums", "answers-students", "belief", "headlines", "images"),
+    "STS16": ("answer-answer", "headlines", "plagiarism", "postediting", "question-question"),
+}
+"""The yearly tasks and their parts, as SentEval scores them (STS13 without SMT)."""
+
+STS_TASKS = (*STS_SUBSETS, "STSBenchmark", "SICKRelatedness")
+"""The seven tasks of the SimCSE line of work, in its order."""
+
+_SPLIT_FILES = {
+    "STSBenchmark": {s: f"STS/STSBenchmark/sts-{s}.csv" for s in ("train", "dev", "test")},
+    "SICKRelatedness": {
+        "train": "SICK/SICK_train.txt",
+        "dev": "SICK/SICK_trial.txt",
+        "test": "SICK/SICK_test_annotated.txt",
+    },
+}
+
+
+@dataclass(frozen=True)
+class SentencePairs:
+    """Sentence pairs with human similarity judgements.
+
+    left, right: n sentences each; gold: (n,) float64, higher is more similar; maximum: the top of
+    the gold scale; subsets: the part of the task each pair comes from, n names.
+    """
+
+    name: str
+    left: list[str]
+    right: list[str]
+    gold: np.ndarray
+    maximum: float
+    subsets: list[str]
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+
+def load_lee() -> SentencePairs:
+    """Lee's 50 short news documents: all 1,225 pairs with their human similarity.
+
+    Judgements are means over readers on a 5-point scale, divided by 5 (Lee, Pincombe & Welsh
+    2005); gensim carries both files.
+
+    Raises:
+        InputError: gensim is missing or its files are altered.
+    """
+    documents = LEE_DOCUMENTS.locate().read_text(encoding="latin-1").splitlines()
+    similarity = np.loadtxt(LEE_JUDGEMENTS.locate())
+    first, second = np.triu_indices(len(documents), k=1)
+    return SentencePairs(
+        name="Lee",
+        left=[documents[i] for i in first],
+        right=[documents[j] for j in second],
+        gold=similarity[first, second],
+        maximum=1.0,
+        subsets=["Lee"] * len(first),
+    )
+
+
+def senteval_folder(folder: str | Path | None = None) -> Path | None:
+    """The folder that holds STS/ and SICK/: from the argument, else `FCSE_SENTEVAL`, else None.
+
+    Either the folder itself or a parent with it under `downstream/` is taken.
+
+    Raises:
+        InputError: the folder named is not there, or has neither layout.
+    """
+    named = folder or os.environ.get("FCSE_SENTEVAL")
+    if not named:
+        return None
+    for candidate in (Path(named) / "downstream", Path(named)):
+        if (candidate / "STS").is_dir():
+            return candidate
+    raise InputError(f"{named} is no SentEval folder: expected {Path(named) / 'downstream/STS'}")
+
+
+def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -> SentencePairs:
+    """One STS task as SentEval reads it: no pair without a gold score, words joined by spaces.
+
+    Args:
+        task: one of `STS_TASKS`.
+        split: "test"; STSBenchmark and SICKRelatedness also have "train" and "dev".
+        folder: a SentEval data folder; else `FCSE_SENTEVAL`; else `senteval.tar` from the hub.
+
+    Raises:
+        InputError: unknown task or split, or a file that is missing or malformed.
+    """
+    if task not in STS_TASKS:
+        raise InputError(f"unknown task {task!r}: choose from {', '.join(STS_TASKS)}")
+    if task in STS_SUBSETS and split != "test":
+        raise InputError(f"{task} has a test split only, not {split!r}")
+    if task in _SPLIT_FILES and split not in _SPLIT_FILES[task]:
+        raise InputError(f"unknown split {split!r} of {task}: choose from train, dev, test")
+    root = senteval_folder(folder) or _senteval_from_hub()
+    if task in STS_SUBSETS:
+        pairs = _read_yearly(root / "STS" / f"{task}-en-test", task)
+    else:
+        pairs = _read_table(root / _SPLIT_FILES[task][split], task)
+    if not len(pairs):
+        raise InputError(f"{root} has no scored pair of {task}")
+    return pairs
+
+
+def _senteval_from_hub() -> Path:
+    try:
+        archive = download("senteval.tar")
+    except InputError as error:
+        raise InputError(
+            f"no STS data: name a SentEval folder with --senteval or FCSE_SENTEVAL ({error})"
+        ) from None
+    cache = cache_folder()
+    target = cache / f"senteval-{sha256(archive)[:12]}"
+    if not target.is_dir():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as partial, tarfile.open(archive) as tar:
+                tar.extractall(Path(partial) / "data", filter="data")
+                (Path(partial) / "data").rename(target)
+        except (tarfile.TarError, EOFError) as error:
+            raise InputError(
+                f"{archive} cannot be unpacked ({first_line(error)}): name a SentEval folder with "
+                "--senteval or FCSE_SENTEVAL"
+            ) from None
+        except OSError as error:
+            if not target.is_dir():  # else another process was faster
+                raise InputError(f"{cache} cannot be written: {error.strerror}") from None
+    found = next(target.rglob("downstream"), None)
+    if found is None:
+        raise InputError(f"{archive} holds no downstream/ folder: it is no SentEval data")
+    return found
+
+
+def _read_senteval_lines(path: Path) -> list[str]:
+    if not is_file(path):
+        raise InputError(f"{path} is missing: the SentEval folder is not complete")
+    try:
+        # splitlines() and not split("\n"): as SentEval reads these files.
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: fetch the SentEval data again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _gold(value: str, path: Path, line: int) -> float:
+    try:
+        score = float(value)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise InputError(f"{path}, line {line}: the score {value!r} is no number")
+    return score
+
+
+def _words(sentence: str) -> str:
+    return " ".join(sentence.split())
+
+
+def _read_yearly(folder: Path, task: str) -> SentencePairs:
+    left, right, gold, subsets = [], [], [], []
+    for subset in STS_SUBSETS[task]:
+        pairs_path, gold_path = (folder / f"STS.{kind}.{subset}.txt" for kind in ("input", "gs"))
+        pairs, scores = _read_senteval_lines(pairs_path), _read_senteval_lines(gold_path)
+        if len(pairs) != len(scores):
+            raise InputError(
+                f"{gold_path} has {len(scores)} lines, but {pairs_path.name} has {len(pairs)}"
+            )
+        for number, (pair, score) in enumerate(zip(pairs, scores, strict=True), start=1):
+            if score == "":
+                continue
+            if pair.count("\t") < 1:
+                raise InputError(f"{pairs_path}, line {number}: expected two sentences and a tab")
+            a, b = pair.split("\t")[:2]
+            left.append(_words(a))
+            right.append(_words(b))
+            gold.append(_gold(score, gold_path, number))
+            subsets.append(subset)
+    return SentencePairs(task, left, right, np.array(gold), 5.0, subsets)
+
+
+def _read_table(path: Path, task: str) -> SentencePairs:
+    columns, skip = ((5, 6, 4), 0) if task == "STSBenchmark" else ((1, 2, 3), 1)
+    left, right, gold = [], [], []
+    for number, line in enumerate(_read_senteval_lines(path)[skip:], start=skip + 1):
+        cells = line.strip().split("\t")
+        if len(cells) <= max(columns):
+            raise InputError(f"{path}, line {number}: expected {max(columns) + 1} columns")
+        a, b, score = (cells[c] for c in columns)
+        left.append(_words(a))
+        right.append(_words(b))
+        gold.append(_gold(score, path, number))
+    return SentencePairs(task, left, right, np.array(gold), 5.0, [task] * len(gold))

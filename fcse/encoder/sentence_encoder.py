@@ -1,0 +1,355 @@
+"""Backbone, pooling and the training-only head: sentences in, embeddings out."""
+
+import hashlib
+import inspect
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self, get_args
+
+import numpy as np
+import torch
+import torch.nn as nn
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fcse.data import MINILM, hub_reachable, is_file, is_folder
+from fcse.encoder import speed
+from fcse.encoder.layout import layers_read, read_layout, write_layout
+from fcse.encoder.pooling import Pooling
+from fcse.errors import InputError, first_line
+
+_HEAD_FILE = "head.safetensors"
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+class SentenceEncoder(nn.Module):
+    """A Hugging Face encoder, a pooling, and the head that exists in training only.
+
+    Attributes:
+        backbone: the encoder without its own pooler; never runs the head.
+        tokenizer: its tokenizer.
+        pooling: how token vectors become a sentence vector, see `pool`.
+        head: Linear -> tanh on the pooled vector, as in SimCSE (Gao et al. 2021, section 6.3):
+            used by `forward` for "cls" only, dropped by `encode`.
+        max_length: the longest input in tokens that the backbone takes.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: Pooling,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if pooling not in get_args(Pooling):
+            raise InputError(
+                f"unknown pooling {pooling!r}: choose from {', '.join(get_args(Pooling))}"
+            )
+        backbone.pooler = None
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        width = backbone.config.hidden_size
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        nn.init.normal_(
+            self.head[0].weight,
+            std=getattr(backbone.config, "initializer_range", 0.02),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        nn.init.zeros_(self.head[0].bias)
+        self.max_length = min(tokenizer.model_max_length, _positions(backbone))
+        self._inputs = set(inspect.signature(backbone.forward).parameters)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, pooling: Pooling | None = None, seed: int = 0
+    ) -> Self:
+        """Load an encoder in float32, on the CPU, in evaluation mode.
+
+        Args:
+            name_or_path: "minilm" (packaged all-MiniLM-L6-v2, its checksum verified), a run
+                folder, a model folder, also one in the layout of sentence-transformers, or the
+                name of a model on the hub.
+            pooling: "cls", "mean", "mean_first_last" or "mean_top2"; None means what the model
+                declares in that layout, and "cls" where it declares nothing. "minilm" means its
+                untuned "cls" readout, whatever pooling the published model was tuned for.
+            seed: of the head, where the folder brings none.
+
+        Raises:
+            InputError: unknown pooling, no such model, no weights in the folder, or altered
+                packaged weights.
+        """
+        path = str(MINILM.locate().parent if name_or_path == "minilm" else name_or_path)
+        if name_or_path == "minilm":
+            pooling = pooling or "cls"
+        if is_file(Path(path) / "run.json"):
+            path = str(Path(path) / "model")
+        folder = is_folder(path)
+        local = folder or not hub_reachable()
+        with loading(f"encoder {str(name_or_path)!r}", "minilm, a model folder"):
+            layout = read_layout(path, local)
+            if folder:
+                _check_model_folder(Path(path) / layout.subfolder)
+            where = {"local_files_only": local, "subfolder": layout.subfolder}
+            backbone = AutoModel.from_pretrained(path, dtype=torch.float32, **where)
+            tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        if backbone.config.is_encoder_decoder or tokenizer.pad_token_id is None:
+            raise InputError(
+                f"{str(name_or_path)!r} ({backbone.config.model_type}) is no encoder with a "
+                "padding token: give one of BERT's kind"
+            )
+        pooling = pooling or layout.pooling or "cls"
+        if pooling == layout.pooling and pooling not in get_args(Pooling):
+            raise InputError(
+                f"{str(name_or_path)!r} declares {pooling}, which is none of the poolings "
+                f"{', '.join(get_args(Pooling))}: choose the one to read it with"
+            )
+        encoder = cls(backbone, tokenizer, pooling, seed)
+        head = Path(path) / _HEAD_FILE
+        if is_file(head):
+            try:
+                encoder.head.load_state_dict(load_file(head))
+            except (SafetensorError, RuntimeError):  # broken, or of another width
+                raise InputError(f"{head} does not fit this encoder: delete it") from None
+        return encoder.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.device
+
+    @property
+    def dimension(self) -> int:
+        """Width D of an embedding."""
+        return self.backbone.config.hidden_size
+
+    def tokenize(self, sentences: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each sentence with the special tokens, cut at `max_length` tokens."""
+        return self.tokenizer(
+            list(sentences),
+            truncation=True,
+            max_length=min(max_length or self.max_length, self.max_length),
+            padding=False,
+        )["input_ids"]
+
+    def pool(self, features: dict[str, Tensor], layers: int = 0) -> Tensor:
+        """One pass of the backbone over a padded batch, pooled; no head.
+
+        cls: the first token's last hidden state. mean: mean over tokens of the last layer.
+        mean_first_last, mean_top2: mean over tokens of the average of two layers: the first
+        layer's output (not the embeddings) and the last; the last two.
+
+        Args:
+            features: the backbone's inputs; `attention_mask` is (n, L) with 1 on text.
+            layers: how many layers below the last are pooled too, each by itself: its first token
+                for cls, else its mean over tokens.
+
+        Returns:
+            (n, D) float, in the backbone's dtype; with layers (n, 1 + layers, D), from the last
+            layer down.
+        """
+        mask = features["attention_mask"].unsqueeze(-1)
+
+        def mean(tokens: Tensor) -> Tensor:
+            return (tokens * mask.to(tokens.dtype)).sum(1) / mask.sum(1)
+
+        if self.pooling == "cls":
+            with speed.first_token_only(self.backbone):
+                output = self.backbone(**features, output_hidden_states=layers > 0)
+            pooled = output.last_hidden_state[:, 0]
+        else:
+            two_layers = self.pooling != "mean"
+            output = self.backbone(**features, output_hidden_states=two_layers or layers > 0)
+            tokens = output.last_hidden_state
+            if two_layers:
+                other, _ = layers_read(self.pooling, self.backbone.config.num_hidden_layers)
+                tokens = (tokens + output.hidden_states[other]) / 2
+            pooled = mean(tokens)
+        if not layers:
+            return pooled
+        below = output.hidden_states[-2 : -2 - layers : -1]
+        vectors = [x[:, 0] if self.pooling == "cls" else mean(x) for x in below]
+        return torch.stack([pooled, *vectors], dim=1)
+
+    def forward(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        second: Sequence[Sequence[int]] | None = None,
+        layers: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """Two views of every sentence for the loss: each sentence runs twice, side by side.
+
+        In training mode the views differ by their dropout masks (Gao et al. 2021, section 3).
+
+        Args:
+            token_ids: N sentences, from `tokenize`.
+            second: N sentences, where the second view is to be of other tokens.
+            layers: how many layers below the last come along, see `pool`.
+
+        Returns:
+            u, v: (N, D) float each, after the head; with layers a third, (N, 2 * layers, D): both
+            views' vectors of those layers, after the same head.
+        """
+        if second is None:
+            views = self._views(token_ids, 2, layers)
+        else:
+            views = torch.cat([self._views(x, 1, layers) for x in (token_ids, second)], dim=1)
+        if not layers:
+            u, v = views.unbind(1)
+            return u, v
+        u, v = views[:, :, 0].unbind(1)
+        return u, v, views[:, :, 1:].flatten(1, 2)
+
+    def view(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """One view of every sentence, as `forward` makes two: (N, D) float, after the head."""
+        return self._views(token_ids, 1, 0).squeeze(1)
+
+    def _views(self, token_ids: Sequence[Sequence[int]], copies: int, layers: int) -> Tensor:
+        """(N, copies, D) float after the head; with layers (N, copies, 1 + layers, D)."""
+        order: list[int] = []
+        pooled = []
+        embedding = self.backbone.get_input_embeddings()
+        for rows, features in speed.length_groups(token_ids, embedding, self.device):
+            repeated = {name: torch.cat([x] * copies) for name, x in features.items()}
+            order += rows
+            pooled.append(torch.stack(self.pool(repeated, layers).chunk(copies), dim=1))
+        views = torch.cat(pooled)[torch.tensor(order, device=self.device).argsort()]
+        return self.head(views) if self.pooling == "cls" else views
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        sentences: Sequence[str],
+        batch_size: int = 64,
+        normalize: bool = False,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """Embed sentences without dropout and without the head.
+
+        Batches are formed by length, so that little is padded; rows come back in input order.
+
+        Args:
+            sentences: n strings; longer ones are cut at the backbone's own limit.
+            batch_size: sentences a pass, at least 1.
+            normalize: scale every row to unit length.
+            progress: True shows a bar, False none, None one once two seconds have passed.
+
+        Returns:
+            (n, D) float32.
+
+        Raises:
+            InputError: `sentences` is a single string or holds something else than strings.
+        """
+        if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
+            raise InputError("sentences must be a sequence of strings")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        embeddings = np.empty((len(sentences), self.dimension), dtype=np.float32)
+        if not len(sentences):
+            return embeddings
+        token_ids = self.tokenize(sentences)
+        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+        bar = tqdm(
+            total=len(order),
+            desc="encoding",
+            unit=" sentences",
+            disable=progress is False,
+            delay=0 if progress else 2,
+            leave=False,
+        )
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = {"input_ids": [token_ids[i] for i in rows]}
+                batch = self.tokenizer.pad(batch, return_tensors="pt")
+                features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
+                embeddings[rows] = self.pool(features).float().cpu().numpy()
+                bar.update(len(rows))
+        finally:
+            self.train(was_training)
+            bar.close()
+        if normalize:
+            norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+            embeddings /= np.maximum(norms, 1e-12)
+        return embeddings
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write backbone and tokenizer so that `AutoModel` and `SentenceTransformer` load them.
+
+        The pooling is declared in the layout of sentence-transformers. The head lies beside, in a
+        file that is read by `from_pretrained` only.
+        """
+        path = Path(path)
+        self.backbone.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        save_file(
+            {k: x.detach().cpu().contiguous() for k, x in self.head.state_dict().items()},
+            path / _HEAD_FILE,
+        )
+        layers = self.backbone.config.num_hidden_layers
+        write_layout(path, self.pooling, self.dimension, layers, self.max_length)
+
+
+@contextmanager
+def loading(what: str, instead: str) -> Iterator[None]:
+    """Load what a user has named: without the library's chatter, and with one line if it fails.
+
+    Args:
+        what: what is loaded, by name.
+        instead: what could be given in its place, but the name of a model on the hub.
+
+    Raises:
+        InputError: it cannot be loaded, or is a pickle that holds more than tensors.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"the weights of {what} are a pickle that holds more than tensors, and are not "
+            "unpickled: convert them to safetensors where you trust them"
+        ) from None
+    except Exception as error:  # dozens of types, from missing files to broken JSON
+        raise InputError(
+            f"{what} could not be loaded ({first_line(error)}): give {instead}, or the name of a "
+            "model on the hub"
+        ) from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _positions(backbone: PreTrainedModel) -> int:
+    """How many tokens the position table takes; RoBERTa's kind keeps its first rows for padding."""
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    limit = backbone.config.max_position_embeddings
+    return limit if padding is None else limit - padding - 1
+
+
+def _check_model_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no model folder: it has no config.json")
+    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+        raise InputError(f"{folder} has no weights: expected {_WEIGHT_FILES[0]}")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Hexadecimal SHA-256 over the names and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

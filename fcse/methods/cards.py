@@ -1,0 +1,205 @@
+"""CARDS: retrieved negatives, and switched case in the second view.
+
+Source: Wang et al., SIGIR 2022 (arXiv 2206.02457). Each sentence brings one of its nearest
+sentences of the corpus as a further negative. With a cased vocabulary the second view has the first
+letter of random words in the other case, which gives a word other tokens, often more of them, at
+the same meaning.
+
+Their code switches a fixed number of words, a share of all and at least one (v1, for their large
+model), or each word by itself with that probability (v2, for their base model). This is v2. As
+there, a word whose very first character is no letter, a quoted one say, stays.
+Where this differs from the authors:
+- They take k = 9 or 65, and their search finds the sentence itself among them. Here the sentence
+  and its repeats are left out before, so that the same candidates are k = 8 or 64.
+- They search at every step, with faiss, over embeddings computed once. Here one exact search
+  beforehand gives every list.
+- They search by the mean over tokens for their base model, here by the run's own pooling.
+- They decode a sentence's tokens, part words at spaces, and put one space between them. Here the
+  sentence's own text is parted at any white space, and nothing else changes.
+- Letters whose other case is more than one letter (ß, SS) stay. There they are switched.
+- They draw from the random state of the process. Here a draw depends on seed and step alone.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fcse.data import cache_folder
+from fcse.errors import InputError, first_line, writing
+from fcse.methods import Batch, Brought, Comparison, Loss, Method, Moments, Sentences, Start
+from fcse.objectives import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class CARDS(Method):
+    """Settings of CARDS (Wang et al. 2022)."""
+
+    neighbours: int = 8
+    """Nearest sentences of the corpus, of which each sentence brings one as a negative, >= 0; 0
+    brings none."""
+    case_switch: float = 0.0
+    """Share of words whose first letter changes case in the second view, 0 to 1; needs a cased
+    vocabulary."""
+
+    label: ClassVar[str] = "CARDS"
+
+    def __post_init__(self) -> None:
+        require("cards.neighbours", self.neighbours)
+        if not 0 <= self.case_switch <= 1:
+            raise InputError(f"cards.case_switch must lie between 0 and 1, got {self.case_switch}")
+
+    @property
+    def on(self) -> bool:
+        """Whether sentences are retrieved or cases switched."""
+        return self.neighbours > 0 or self.case_switch > 0
+
+    def begin(self, start: Start) -> Moments:
+        """Search the corpus.
+
+        Raises:
+            InputError: case switching with an uncased vocabulary, or more neighbours than the
+                corpus has for each sentence.
+        """
+        if self.case_switch:
+            require_cased(start.encoder.tokenizer)
+        nearest = None
+        if self.neighbours:
+            nearest = _nearest(start.encoder, start.corpus, self.neighbours)
+        return _Retrieval(self, start, nearest)
+
+
+class _Retrieval(Moments):
+    def __init__(self, settings: CARDS, start: Start, nearest: np.ndarray | None) -> None:
+        self.settings, self.start, self.nearest = settings, start, nearest
+
+    def bring(self, batch: Batch) -> Brought:
+        config, corpus = self.start.config, self.start.corpus
+        second = further = None
+        if share := self.settings.case_switch:
+            texts = switched(batch.sentences.texts[: batch.size], share, config.seed, batch.step)
+            second = self.start.encoder.tokenize(texts, config.max_length)
+        if self.nearest is not None:
+            rows = drawn(self.nearest, batch.sentences.rows[: batch.size], config.seed, batch.step)
+            further = Sentences(rows, *corpus.batch(rows))
+        return Brought(second, further)
+
+    def loss(self, value: Loss, compared: Comparison) -> "Tensor":
+        if self.nearest is None:
+            return value(compared)
+        key = CARDS.key
+        return value(compared.more(compared.brought[key], compared.place(key)))
+
+
+def drawn(neighbours: np.ndarray, rows: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """One neighbour of each row of a batch, each of its k with equal probability.
+
+    Nothing is kept from step to step: a resumed run draws what it would have drawn. Processes that
+    share a batch draw for all of it and then take their part.
+
+    Args:
+        neighbours: (n, k) integers, from `nearest`.
+        rows: (B,) integers below n, the batch of this step.
+        seed, step: >= 0, what the draw depends on.
+
+    Returns:
+        (B,) in the dtype of `neighbours`.
+    """
+    # The 1 keeps this stream apart from that of `switched`.
+    columns = np.random.default_rng((1, seed, step)).integers(neighbours.shape[1], size=len(rows))
+    return neighbours[rows, columns]
+
+
+def _nearest(encoder: Any, corpus: Any, k: int) -> np.ndarray:
+    """`nearest` of a corpus by this encoder, kept for the next run that asks for it."""
+    from fcse import processes
+    from fcse.config import versions
+    from fcse.encoder.nearest import nearest
+    from fcse.encoder.sentence_encoder import weights_hash
+
+    decides = [corpus.sha256, weights_hash(encoder.backbone), encoder.pooling, k, versions()]
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    path = cache_folder() / f"neighbours-{digest}.npy"
+    world = processes.world()
+    found = path.is_file()
+    world.wait_for_everyone()  # all have looked before the first one writes
+    if found:
+        try:
+            return np.load(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({first_line(error)}): delete it") from None
+    neighbours = nearest(corpus.embed(encoder), k, corpus.ids(), encoder.device)
+    if world.is_main_process:
+        with writing(path.parent, "name another folder with XDG_CACHE_HOME, or make room"):
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, neighbours)
+            partial.rename(path)
+    return neighbours
+
+
+_FIRST_CHARACTER = re.compile(r"(?<!\S)\S")
+
+
+def require_cased(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Make sure that case switching changes tokens, by tokenising a word both ways.
+
+    Raises:
+        InputError: "Word" and "word" have the same token ids.
+    """
+    capital, small = tokenizer(["Word", "word"])["input_ids"]
+    if capital == small:
+        raise InputError(
+            "case switching needs a cased vocabulary, and this one gives 'Word' and 'word' the "
+            "same tokens: set cards.case_switch = 0, the retrieved negatives still work without it"
+        )
+
+
+def switched(sentences: Sequence[str], share: float, seed: int, step: int) -> list[str]:
+    """The second view's sentences of a batch, see `switch_case`.
+
+    Nothing is kept from step to step, as in `drawn`: the same batch, seed and step give
+    the same sentences; processes that share a batch switch all of it and then take their part.
+
+    Args:
+        sentences: the batch of this step.
+        share: 0 to 1, the probability of a word.
+        seed, step: >= 0, what the draw depends on.
+
+    Raises:
+        InputError: share is out of its range.
+    """
+    # The 2 keeps this stream apart from that of `drawn`.
+    generator = np.random.default_rng((2, seed, step))
+    return [switch_case(sentence, share, generator) for sentence in sentences]
+
+
+def switch_case(sentence: str, share: float, generator: np.random.Generator) -> str:
+    """The sentence with the first letter of random words in the other case.
+
+    Args:
+        sentence: any text; words are what white space parts.
+        share: 0 to 1, the probability of each word that begins with a letter to be switched. 0
+            gives the sentence itself.
+        generator: where the draws come from, one a word.
+
+    Raises:
+        InputError: share is out of its range.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(
+            f"the share of words whose case is switched must lie between 0 and 1, got {share}"
+        )
+
+    def switch(first: re.Match[str]) -> str:
+        other = first[0].swapcase()
+        return other if generator.random() < share and len(other) == 1 else first[0]
+
+    return _FIRST_CHARACTER.sub(switch, sentence)

@@ -1,1 +1,0 @@
-"""Six neighbours of Focal-InfoNCE: what each changes beside the logits, in a room of its own."""

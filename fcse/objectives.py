@@ -1,0 +1,329 @@
+"""What an objective is: a value with its parameters, its logits, and the slopes of these.
+
+An objective is a frozen dataclass with typed fields and
+
+    logits(sim, positives): (N, M) float and (N, M) bool, True at the positives -> (N, M) float
+
+and nothing else is needed: `fcse.losses` takes the loss, the pulls and the chunked loss from it.
+Row i of the logits depends on row i alone, so that `sim` may be a block of rows of a larger matrix.
+Two more methods are used where they are there:
+
+    slopes(sim, positives) -> (N, M) float: d logit / d similarity, where each logit depends on its
+        own similarity alone; else autograd finds the pulls.
+    row_weight(log_p) -> (N,) float: what a row's loss -log p counts, from log p itself; else 1.
+
+Nothing here imports torch: tensors come in as arguments.
+"""
+
+import ast
+import hashlib
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from fcse.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Modulate = Literal["both", "positive", "negative", "none"]
+"""Which logits Focal-InfoNCE modulates."""
+
+
+def require(what: str, value: float, least: float = 0, below: float = math.inf) -> None:
+    """Raise InputError unless least <= value < below."""
+    if not least <= value < below:
+        most = f" and below {below:g}" if math.isfinite(below) else ""
+        raise InputError(f"{what} must be a finite number of at least {least:g}{most}, got {value}")
+
+
+def _require_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature must be a finite number above 0, got {temperature}")
+
+
+@dataclass(frozen=True)
+class InfoNCE:
+    """s / tau for every similarity s (SimCSE: Gao et al. 2021, equation 4).
+
+    Raises:
+        InputError: temperature is out of its range.
+    """
+
+    temperature: float = 0.05
+    """tau > 0, the divisor of the logits."""
+
+    def __post_init__(self) -> None:
+        _require_temperature(self.temperature)
+
+    def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+        """The logits, (N, M)."""
+        return sim / self.temperature
+
+    def slopes(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+        """1 / tau everywhere, (N, M)."""
+        return sim.new_ones(sim.shape) / self.temperature
+
+
+@dataclass(frozen=True)
+class FocalInfoNCE:
+    """s * s / tau for a positive, s * (s + m) / tau for a negative (Hou & Li 2023, section 3).
+
+    The slopes are 2 s / tau and (2 s + m) / tau: a negative with s < -m/2 is drawn towards its
+    anchor, so that it comes to rest at s = -m/2.
+
+    Raises:
+        InputError: a parameter is out of its range.
+    """
+
+    temperature: float = 0.05
+    """tau > 0, the divisor of the logits."""
+    m: float = 0.3
+    """Shift of the negatives' modulation s * (s + m)."""
+    modulate: Modulate = "both"
+    """Which logits are modulated: both, positive, negative or none."""
+    stop_gradient: bool = False
+    """Take the modulating factors, s and s + m, as constants: the logits stay, their slopes fall to
+    s / tau and (s + m) / tau, and the resting point moves to s = -m. The authors do not."""
+
+    label: ClassVar[str] = "Focal-InfoNCE"
+
+    def __post_init__(self) -> None:
+        _require_temperature(self.temperature)
+        if not math.isfinite(self.m):
+            raise InputError(f"m must be a finite number, got {self.m}")
+        if self.modulate not in get_args(Modulate):
+            raise InputError(
+                f"unknown modulate {self.modulate!r}: choose from {', '.join(get_args(Modulate))}"
+            )
+
+    def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+        """The logits, (N, M)."""
+        factor = sim.detach() if self.stop_gradient else sim
+        positive = sim * factor if self.modulate in ("both", "positive") else sim
+        negative = sim * (factor + self.m) if self.modulate in ("both", "negative") else sim
+        return positive.where(positives, negative) / self.temperature
+
+    def slopes(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+        """d logit / d s, (N, M)."""
+        one = sim.new_ones(sim.shape)
+        own = 0 if self.stop_gradient else sim  # the factor's share of the slope
+        positive = sim + own if self.modulate in ("both", "positive") else one
+        negative = sim + own + self.m if self.modulate in ("both", "negative") else one
+        return positive.where(positives, negative) / self.temperature
+
+    def canonical(self) -> "InfoNCE | FocalInfoNCE":
+        """The same loss written in one way: what has no part in it is at its default."""
+        if self.modulate == "none":
+            return InfoNCE(self.temperature)
+        return replace(self, m=FocalInfoNCE.m) if self.modulate == "positive" else self
+
+
+@dataclass(frozen=True)
+class HardnessInfoNCE:
+    """s / tau, and alpha * s as a constant on each negative (Lan et al. 2025, equation 5).
+
+    arXiv 2503.04812; sentence-transformers has it as `hardness_mode="in_batch_negatives"`. The
+    softmax moves towards hard negatives, and the slope of every logit stays 1 / tau.
+
+    Raises:
+        InputError: a parameter is out of its range.
+    """
+
+    temperature: float = 0.05
+    """tau > 0, the divisor of the logits."""
+    alpha: float = 9.0
+    """Hardness weight >= 0; 9 in the paper, 0 gives InfoNCE."""
+
+    label: ClassVar[str] = "Hardness-InfoNCE"
+
+    def __post_init__(self) -> None:
+        _require_temperature(self.temperature)
+        require("alpha", self.alpha)
+
+    def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+        """The logits, (N, M)."""
+        return sim / self.temperature + self.alpha * sim.detach().masked_fill(positives, 0)
+
+    def slopes(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+        """1 / tau everywhere, (N, M)."""
+        return sim.new_ones(sim.shape) / self.temperature
+
+    def canonical(self) -> "InfoNCE | HardnessInfoNCE":
+        """The same loss written in one way."""
+        return self if self.alpha else InfoNCE(self.temperature)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run's record says of a class that is not at hand: it prints, and cannot be computed.
+
+    Reports show runs of readers' own objectives by it; no code comes from a run's folder.
+    """
+
+    key: str
+    """What the class is called in the record."""
+    printed: str
+    """Its name with its parameters, as it was printed."""
+    parameters: tuple[tuple[str, Any], ...]
+    """What the record holds of it."""
+
+    on: ClassVar[bool] = True
+    by_matrix: ClassVar[bool] = False
+
+    def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+        """Raise InputError: the class is not at hand."""
+        raise InputError(f"{self.printed} is known by its record only: define it again to use it")
+
+    def begin(self, start: Any) -> None:
+        """Raise InputError: the class is not at hand."""
+        self.logits(None, None)
+
+    def check(self, config: Any) -> None:
+        """A finished run has been checked."""
+
+    def files(self) -> tuple[str, ...]:
+        """None that are known."""
+        return ()
+
+
+OBJECTIVES: dict[str, type] = {
+    "info_nce": InfoNCE,
+    "focal_info_nce": FocalInfoNCE,
+    "hardness_info_nce": HardnessInfoNCE,
+}
+"""Name on the command line and in TOML -> class."""
+
+VARIANTS = (
+    InfoNCE(),
+    FocalInfoNCE(),
+    FocalInfoNCE(modulate="positive"),
+    FocalInfoNCE(modulate="negative"),
+    FocalInfoNCE(stop_gradient=True),
+    HardnessInfoNCE(),
+)
+"""The objectives that the study compares, in the order of tables and figures."""
+
+
+def named(objective: Any) -> Any:
+    """An objective by its name, with its defaults; a value as it is.
+
+    Raises:
+        InputError: no objective of that name, or a value that is none.
+    """
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise InputError(
+                f"unknown objective {objective!r}: choose from {', '.join(OBJECTIVES)}"
+            )
+        return OBJECTIVES[objective]()
+    if not is_dataclass(objective) or isinstance(objective, type):
+        raise InputError(
+            f"objective {objective!r} is none: give a name ({', '.join(OBJECTIVES)}), or a value "
+            "of a frozen dataclass with logits(sim, positives)"
+        )
+    what = type(objective).__name__
+    if not type(objective).__dataclass_params__.frozen:
+        raise InputError(f"objective {what} can change: write @dataclass(frozen=True) above it")
+    if not callable(getattr(objective, "logits", None)):
+        raise InputError(f"objective {what} has no logits(sim, positives): define that method")
+    return objective
+
+
+def parameters(value: Any) -> dict[str, Any]:
+    """The fields of an objective or a method: whole numbers as floats where those are meant."""
+    if isinstance(value, Recorded):
+        return dict(value.parameters)
+    return {f.name: _plain(f.type, getattr(value, f.name)) for f in fields(value)}
+
+
+def _plain(hint: Any, value: Any) -> Any:
+    if is_dataclass(value):
+        return f"{key(value)}({', '.join(f'{k}={v}' for k, v in parameters(value).items())})"
+    if isinstance(value, Path):
+        return str(value)
+    return float(value) if hint in (float, "float") and type(value) is int else value
+
+
+def key(value: Any) -> str:
+    """What the command line, TOML and run folders call an objective or a method.
+
+    Its own `key` where it has one, else the kit's name for it, else its class in snake case.
+    """
+    kind = type(value)
+    if hasattr(value, "key"):
+        return value.key
+    known = next((name for name, each in OBJECTIVES.items() if each is kind), None)
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
+    return known or (f"own_{snake}" if snake in OBJECTIVES else snake)
+
+
+def name(value: Any) -> str:
+    """What tables and figures print: the label, and each parameter that is not at its default.
+
+    Parameters are spelled as in the code, so that equal names mean equal losses.
+    """
+    if isinstance(value, Recorded):
+        return value.printed
+    label = getattr(value, "label", None) or type(value).__name__
+    if type(value) not in OBJECTIVES.values() and label in map(_label, OBJECTIVES.values()):
+        label = f"own {label}"
+    defaults = {f.name: f.default for f in fields(value)}
+    shown = {k: v for k, v in parameters(value).items() if v != defaults[k]}
+    return f"{label} ({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else label
+
+
+def _label(kind: type) -> str:
+    return getattr(kind, "label", kind.__name__)
+
+
+def rank(loss: str) -> int:
+    """Where tables and figures put a loss, by its name: as in `VARIANTS`, others behind."""
+    return [*map(name, VARIANTS), loss].index(loss)
+
+
+_GENERATED = ("__init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__")
+
+
+def code(kind: type) -> str:
+    """Eight hexadecimal digits over what a class does: two of one name may differ in it."""
+    digest = hashlib.sha256()
+    for each in kind.__mro__[:-1]:
+        for member, value in sorted(vars(each).items()):
+            value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if hasattr(value, "__code__") and member not in _GENERATED:
+                said = [member, value.__defaults__, value.__kwdefaults__, *_steps(value.__code__)]
+                digest.update(repr(said).encode())
+    return digest.hexdigest()[:8]
+
+
+def _steps(of: CodeType) -> Iterator[Any]:
+    yield of.co_code
+    yield of.co_names
+    for constant in of.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _steps(constant)
+        else:
+            yield sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+
+
+def documented(kind: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, as far as its source can be read."""
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    except (OSError, TypeError):
+        return {}
+    return {
+        above.target.id: " ".join(ast.literal_eval(below.value).split())
+        for above, below in pairwise(definition.body)
+        if isinstance(above, ast.AnnAssign)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }

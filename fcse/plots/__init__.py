@@ -1,0 +1,62 @@
+"""One function a figure: numbers in, Picture out; a loss has the same style everywhere."""
+
+from fcse.plots.loss import (
+    against,
+    curve_families,
+    joined,
+    pull_by_decile,
+    pull_curves,
+    similarity_heatmap,
+)
+from fcse.plots.seeds import (
+    along_training,
+    beside_published,
+    by_setting,
+    gains,
+    over_seeds,
+    scores,
+    surface,
+    training,
+)
+from fcse.plots.space import (
+    OTHERS,
+    describe_maps,
+    describe_plane,
+    group_colours,
+    maps,
+    plane,
+    similarity_distribution,
+)
+from fcse.plots.style import STYLE, Picture, image, line, make_folder, save, show, style
+
+__all__ = [
+    "OTHERS",
+    "STYLE",
+    "Picture",
+    "against",
+    "along_training",
+    "beside_published",
+    "by_setting",
+    "curve_families",
+    "describe_maps",
+    "describe_plane",
+    "gains",
+    "group_colours",
+    "image",
+    "joined",
+    "line",
+    "make_folder",
+    "maps",
+    "over_seeds",
+    "plane",
+    "pull_by_decile",
+    "pull_curves",
+    "save",
+    "scores",
+    "show",
+    "similarity_distribution",
+    "similarity_heatmap",
+    "style",
+    "surface",
+    "training",
+]

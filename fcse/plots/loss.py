@@ -1,0 +1,197 @@
+"""What a loss does: its curves, and its pull on a batch."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from numpy.typing import ArrayLike
+
+from fcse.plots.style import STYLE, Picture, by, line, new_axes, style
+
+
+def _at_0_and_1(curve: pd.DataFrame, column: str) -> str:
+    at = np.interp([0, 1], curve["similarity"], curve[column])
+    return f"{at[0]:.3g} to {at[1]:.3g}"
+
+
+@plt.rc_context(STYLE)
+def pull_curves(table: pd.DataFrame, rest: float = -0.15) -> Picture:
+    """What one similarity does to its logit, and the slope by which the loss pulls on it.
+
+    Args:
+        table: what `analysis.curves` returns.
+        rest: the resting point to mark, -m/2 of Focal-InfoNCE.
+    """
+    figure, axes = new_axes(4, width=3.7)
+    columns = ("logit", "slope", "positive_logit", "positive_slope")
+    for name, rows in table.groupby("name", sort=False):
+        for axis, column in zip(axes, columns, strict=True):
+            axis.plot(rows["similarity"], rows[column], **line(name))
+    for axis, column in zip(axes, columns, strict=True):
+        kind = "positive" if "positive" in column else "negative"
+        what = "slope, d logit / d s" if "slope" in column else "logit"
+        axis.set(xlabel=f"similarity s of a {kind}", ylabel=what)
+        axis.axhline(0, color="black", linewidth=0.8)
+    axes[1].axvline(rest, color="black", linewidth=1, linestyle=":")
+    axes[1].annotate(
+        f"resting point\n−m/2 = {rest:.2f}", (rest, 0), (6, -32), textcoords="offset points"
+    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    figure.alt = (
+        f"Logit and slope over the similarity, a resting point at {rest:g}. Slopes from similarity "
+        "0 to 1: "
+        + "; ".join(
+            f"{name} of a negative {_at_0_and_1(rows, 'slope')}, of a positive "
+            f"{_at_0_and_1(rows, 'positive_slope')}"
+            for name, rows in by(table, "name")
+        )
+        + "."
+    )
+    return figure
+
+
+@plt.rc_context(STYLE)
+def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Picture:
+    """Logit and slope of a negative while one parameter moves.
+
+    Args:
+        families: parameter name -> value of the parameter -> columns "similarity", "logit",
+            "slope".
+    """
+    figure, axes = new_axes(2 * len(families), width=3.7)
+    for i, (name, tables) in enumerate(families.items()):
+        pair = axes[2 * i : 2 * i + 2]
+        colours = sns.color_palette("viridis", len(tables))
+        for (value, table), colour in zip(tables.items(), colours, strict=True):
+            for axis, column in zip(pair, ("logit", "slope"), strict=True):
+                axis.plot(table["similarity"], table[column], color=colour, label=f"{value:g}")
+        for axis, what in zip(pair, ("logit", "slope, d logit / d s"), strict=True):
+            axis.set(xlabel="similarity s of a negative", ylabel=what)
+            axis.axhline(0, color="black", linewidth=0.8)
+        pair[0].legend(title=name)
+    figure.alt = "Logit and slope of a negative over its similarity. " + " ".join(
+        f"Slope from similarity 0 to 1 for {name} "
+        + "; ".join(f"{value:g}: {_at_0_and_1(table, 'slope')}" for value, table in tables.items())
+        + "."
+        for name, tables in families.items()
+    )
+    return figure
+
+
+@plt.rc_context(STYLE)
+def pull_by_decile(table: pd.DataFrame) -> Picture:
+    """Share of the pull on negatives that falls on each decile of similarity.
+
+    Args:
+        table: columns "name", "decile" (1 = least similar tenth, 10 = hardest), "share"
+            (of the absolute pull on all negatives, 0 to 1).
+    """
+    figure, (axes,) = new_axes(width=6)
+    objectives = list(dict.fromkeys(table["name"]))
+    for i, objective in enumerate(objectives):
+        rows = table[table["name"] == objective]
+        x = rows["decile"] + 0.38 * (i - (len(objectives) - 1) / 2)
+        axes.bar(x, 100 * rows["share"], 0.36, color=style(objective).colour, label=objective)
+    axes.set_xticks(range(1, 11))
+    axes.set(
+        xlabel="decile of similarity among the negatives (10 = hardest)",
+        ylabel="share of the pull [%]",
+    )
+    axes.legend()
+    figure.alt = (
+        "Share of the pull on negatives by decile of similarity. The hardest tenth gets "
+        + ", ".join(
+            f"{100 * rows.set_index('decile')['share'][10]:.0f} % under {name}"
+            for name, rows in by(table, "name")
+        )
+        + "."
+    )
+    return figure
+
+
+@plt.rc_context(STYLE)
+def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Picture:
+    """Matrices side by side on one colour scale.
+
+    Args:
+        matrices: title -> (N, N) float; NaN is left blank.
+        label: what a cell holds, with its unit.
+    """
+    figure, axes = new_axes(len(matrices), width=4.4, height=4.0)
+    low = min(np.nanmin(x) for x in matrices.values())
+    high = max(np.nanmax(x) for x in matrices.values())
+    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        sns.heatmap(
+            matrix,
+            ax=axis,
+            cmap="cividis",
+            vmin=low,
+            vmax=high,
+            square=True,
+            xticklabels=8,
+            yticklabels=8,
+            cbar=axis is axes[-1],
+            cbar_kws={"label": label},
+        )
+        axis.set(title=title, xlabel="candidate j", ylabel="anchor i")
+        axis.grid(visible=False)
+    said = []
+    for title, matrix in matrices.items():
+        others = matrix[~np.eye(len(matrix), dtype=bool)]
+        blank = np.isnan(matrix).sum()
+        said.append(
+            f"{title[0].upper()}{title[1:]}: mean {matrix.diagonal().mean():.2g} on the diagonal, "
+            f"elsewhere {np.nanmean(others):.2g}, at most {np.nanmax(others):.2g}"
+            + (f", {blank} cells left blank." if blank else ".")
+        )
+    figure.alt = f"{label[0].upper()}{label[1:]} of each anchor and candidate. " + " ".join(said)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def joined(
+    loss: str,
+    plain: Mapping[str, ArrayLike],
+    new: Mapping[str, ArrayLike],
+    xlabel: str = "cosine similarity",
+) -> Picture:
+    """Densities of the similarities in a batch, and of those that another loss makes of it.
+
+    Args:
+        loss: its name; its colour marks `new`.
+        plain, new: name -> (n,) float, at most two of each.
+    """
+    figure, (axes,) = new_axes(width=7.5)
+    said = []
+    for groups, colour in ((plain, "0.35"), (new, style(loss).colour)):
+        for (name, values), dash in zip(groups.items(), ("-", ":"), strict=False):
+            x = np.asarray(values)
+            sns.kdeplot(x, ax=axes, color=colour, linestyle=dash, label=name, cut=0)
+            said.append(f"{name}: mean {x.mean():.2f}, from {x.min():.2f} to {x.max():.2f}.")
+    axes.set(xlabel=xlabel, ylabel="density", title=loss)
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.alt = f"{loss}: density of the {xlabel}. " + " ".join(said)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def against(loss: str, x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str) -> Picture:
+    """One point a pair or a row of a batch, under a loss.
+
+    Args:
+        loss: its name.
+        x, y: (n,) float each.
+        xlabel, ylabel: what they are, with units.
+    """
+    figure, (axes,) = new_axes(width=7.5)
+    x, y = np.asarray(x), np.asarray(y)
+    axes.scatter(x, y, s=14, alpha=0.6, lw=0, color=style(loss).colour, rasterized=True)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=loss)
+    figure.alt = (
+        f"{loss}: {ylabel} over {xlabel}, {len(x)} points. Their rank correlation is "
+        f"{pd.Series(x).corr(pd.Series(y), method='spearman'):+.2f}."
+    )
+    return figure

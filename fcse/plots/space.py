@@ -1,0 +1,141 @@
+"""What training did to a space: the plane, densities of similarities, maps."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.lines import Line2D
+
+from fcse.plots.style import STYLE, Picture, by, ends, line, new_axes, style
+
+
+def describe_plane(table: pd.DataFrame) -> str:
+    """What `plane` shows, in words."""
+    return "Uniformity across, alignment up, lower is better for both. " + " ".join(
+        f"{name}: uniformity from {ends(rows['uniformity'], '.2f')}, alignment from "
+        f"{ends(rows['alignment'], '.2f')} over {rows['step'].iloc[-1]:.0f} steps."
+        for name, rows in by(table, "name")
+    )
+
+
+@plt.rc_context(STYLE)
+def plane(table: pd.DataFrame) -> Picture:
+    """Alignment against uniformity: a path per run, from an open marker to a filled one.
+
+    Grey lines join points of equal alignment + uniformity, the sum that Wang & Isola 2020 minimise.
+
+    Args:
+        table: columns "name" of the loss, "step", "alignment", "uniformity".
+    """
+    figure, (axes,) = new_axes(width=6, height=4.2)
+    for name, rows in table.groupby("name", sort=False):
+        axes.plot(rows["uniformity"], rows["alignment"], marker=".", **line(name))
+        first, last = rows.iloc[0], rows.iloc[-1]
+        drawn = {"marker": style(name).marker, "markersize": 9, "color": style(name).colour}
+        axes.plot(first["uniformity"], first["alignment"], markerfacecolor="white", **drawn)
+        axes.plot(last["uniformity"], last["alignment"], **drawn)
+    axes.margins(0.12)
+    axes.autoscale_view()
+    x, y = np.meshgrid(*(np.linspace(*ends, 50) for ends in (axes.get_xlim(), axes.get_ylim())))
+    contours = axes.contour(x, y, x + y, levels=6, colors="0.75", linewidths=1, zorder=0)
+    contours.set_linestyle("solid")
+    axes.clabel(contours, fmt="%.2f", fontsize=8, colors="0.45")
+    axes.set(
+        xlabel="uniformity, log E exp(−2‖x−y‖²) (lower is better)",
+        ylabel="alignment, E‖x−y‖² (lower is better)",
+    )
+    lines, names = axes.get_legend_handles_labels()
+    lines.append(Line2D([], [], color="0.75", lw=1))
+    axes.legend(lines, [*names, "equal alignment + uniformity"], frameon=True, edgecolor="none")
+    figure.alt = describe_plane(table)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def similarity_distribution(table: pd.DataFrame) -> Picture:
+    """Density of cosine similarities, one curve per encoder, one panel per kind of pair.
+
+    Args:
+        table: columns "encoder" (untrained, or the name of a loss), "kind", "similarity".
+    """
+    kinds = list(dict.fromkeys(table["kind"]))
+    figure, axes = new_axes(len(kinds))
+    for axis, kind in zip(axes, kinds, strict=True):
+        for encoder, rows in table[table["kind"] == kind].groupby("encoder", sort=False):
+            sns.kdeplot(rows["similarity"], ax=axis, clip=(-1, 1), **line(encoder))
+        axis.set(title=kind, xlabel="cosine similarity", ylabel="density", xlim=(-0.5, 1))
+    axes[0].legend()
+    figure.alt = "Density of cosine similarities; medians. " + " ".join(
+        f"{kind[0].upper()}{kind[1:]}: "
+        + ", ".join(
+            f"{encoder} {part['similarity'].median():.2f}" for encoder, part in by(rows, "encoder")
+        )
+        + "."
+        for kind, rows in by(table, "kind")
+    )
+    return figure
+
+
+OTHERS = "other articles"
+
+
+def group_colours(groups: Sequence[str]) -> dict[str, str]:
+    """A colour for each of at most eight groups, and grey for `OTHERS`, which comes first."""
+    colours = sns.color_palette("colorblind", 10).as_hex()
+    del colours[7]  # its own grey
+    return {OTHERS: "#C8C8C8"} | dict(zip(groups, colours[:8], strict=False))
+
+
+def describe_maps(table: pd.DataFrame, groups: Sequence[str]) -> str:
+    """What `maps` shows, in words: how closely each group keeps together on each map."""
+    said = []
+    for title, rows in by(table, "encoder"):
+        near = [
+            f"{group} {_spread(part) / _spread(rows):.2f}"
+            for group, part in by(rows[rows["group"].isin(groups)], "group")
+        ]
+        said.append(f"{title}: {', '.join(near)}.")
+    return (
+        f"Maps of the same {len(table) // table['encoder'].nunique()} sentences, a point each. "
+        "How widely each coloured group is spread, as a part of the spread of all: "
+        + " ".join(said)
+    )
+
+
+def _spread(points: pd.DataFrame) -> float:
+    return float(np.sqrt(points[["x", "y"]].var(ddof=0).sum()))
+
+
+@plt.rc_context(STYLE)
+def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
+    """Two-dimensional maps of the same sentences, one panel per encoder, coloured by group.
+
+    Args:
+        table: columns "encoder" (a title), "x", "y", "group".
+        groups: at most eight groups, in the order of the legend; all others are small and grey.
+    """
+    titles = list(dict.fromkeys(table["encoder"]))
+    figure, axes = new_axes(len(titles), width=4.0, height=4.2)
+    colours = group_colours(groups)
+    for axis, title in zip(axes, titles, strict=True):
+        rows = table[table["encoder"] == title]
+        others = rows[~rows["group"].isin(groups)]
+        if len(others):
+            axis.scatter(others["x"], others["y"], s=2, color=colours[OTHERS], label=OTHERS, lw=0)
+        for group, shape in zip(groups, "osD^vPX*", strict=False):
+            part = rows[rows["group"] == group]
+            axis.scatter(
+                part["x"], part["y"], s=9, color=colours[group], marker=shape, label=group, lw=0
+            )
+        axis.set(title=title, xlabel="UMAP 1", xticks=[], yticks=[])
+    axes[0].set_ylabel("UMAP 2")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(groups)),
+        markerscale=2.5,
+    )
+    figure.alt = describe_maps(table, groups)
+    return figure

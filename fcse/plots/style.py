@@ -1,0 +1,194 @@
+"""What all figures share: a loss has the same colour, marker and dash everywhere."""
+
+import base64
+import html
+import io
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fcse.errors import writing
+
+Dash = str | tuple[int, tuple[int, ...]]
+
+
+class Style(NamedTuple):
+    """How a loss, or an encoder it was trained with, is drawn; marker and dash repeat the colour,
+    for print in grey."""
+
+    colour: str
+    marker: str
+    dash: Dash = "-"
+
+
+# Okabe & Ito's palette, and Tol's muted one for the methods: distinct for every common kind of
+# colour blindness.
+STYLES: dict[str, Style] = {
+    "untrained": Style("#7F7F7F", "s", ":"),
+    "chosen encoder": Style("#000000", "*", ":"),
+    "InfoNCE": Style("#0072B2", "o", "--"),
+    "Focal-InfoNCE": Style("#D55E00", "D"),
+    "Focal-InfoNCE (modulate=positive)": Style("#009E73", "^", "-."),
+    "Focal-InfoNCE (modulate=negative)": Style("#CC79A7", "v", "-."),
+    "Focal-InfoNCE (stop_gradient=True)": Style("#56B4E9", "P", (0, (5, 1, 1, 1, 1, 1))),
+    "Hardness-InfoNCE": Style("#E69F00", "X", (0, (1, 1))),
+}
+"""Name of a loss -> its style."""
+
+METHODS: dict[str, Style] = {
+    "SSCL": Style("#332288", "<", (0, (6, 2))),
+    "CARDS": Style("#117733", ">", (0, (6, 2))),
+    "DiffCSE": Style("#882255", "p", (0, (6, 2))),
+    "AdapACSE": Style("#999933", "d", (0, (6, 2))),
+    "IFND": Style("#AA4499", "h", (0, (6, 2))),
+    "Core-tuning": Style("#661100", "8", (0, (6, 2))),
+}
+"""Method that is added to an objective -> its style."""
+
+_SEVERAL = Style("#000000", "H", (0, (6, 2)))
+_OTHERS = ("#44AA99", "#DDCC77", "#88CCEE", "#CC6677", "#6699CC", "#994455", "#997700", "#004488")
+
+
+def style(name: str) -> Style:
+    """The style of a loss by its name.
+
+    One with a method has the method's, several methods are black, a known objective with other
+    parameters keeps its colour; any other loss has one of eight colours, by its name.
+    """
+    if name in STYLES:
+        return STYLES[name]
+    objective, *methods = name.split(" + ")
+    if len(methods) > 1:
+        return _SEVERAL
+    if methods:
+        label = methods[0].partition(" (")[0]
+        return METHODS.get(label) or _by_name(label)
+    label = objective.partition(" (")[0]
+    return STYLES.get(label) or _by_name(label)
+
+
+def _by_name(label: str) -> Style:
+    number = zlib.crc32(label.encode())
+    return Style(_OTHERS[number % len(_OTHERS)], "sv^<>"[number % 5], (0, (3, 1)))
+
+
+def line(name: str) -> dict[str, Any]:
+    """The arguments of a line that stands for a loss."""
+    drawn = style(name)
+    return {"color": drawn.colour, "label": name, "linestyle": drawn.dash}
+
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "fcse",
+}
+
+
+class Picture(Figure):
+    """A figure that says in words what it shows, in a notebook too.
+
+    Attributes:
+        alt: the text alternative.
+    """
+
+    alt = ""
+
+    @plt.rc_context(STYLE)
+    def _ipython_display_(self) -> None:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi="figure")
+        show(buffer.getvalue(), self.alt)
+
+
+def show(png: bytes, alt: str) -> None:
+    """Display a PNG with its text alternative in a notebook.
+
+    JupyterLab's own element for a PNG takes no text alternative, so HTML goes with it; the PNG as
+    such is for converters to print.
+    """
+    from IPython.display import display
+
+    data = {"text/plain": "<Picture>", "text/html": image(png, alt)}
+    data["image/png"] = base64.b64encode(png).decode()
+    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def image(png: bytes, alt: str) -> str:
+    """An HTML image that holds its own bytes and says in words what it shows."""
+    data = base64.b64encode(png).decode()
+    return (
+        f'<img style="max-width: 100%; height: auto" alt="{html.escape(alt)}" '
+        f'src="data:image/png;base64,{data}">'
+    )
+
+
+def by(table: pd.DataFrame, column: str) -> Iterable[tuple[Any, pd.DataFrame]]:
+    """The rows of each value of a column, in the order of the table."""
+    return table.groupby(column, sort=False)
+
+
+def ends(values: pd.Series, form: str) -> str:
+    """The first and the last of some values, as text."""
+    return f"{values.iloc[0]:{form}} to {values.iloc[-1]:{form}}"
+
+
+def new_axes(
+    columns: int = 1, width: float = 5.0, height: float = 3.6
+) -> tuple[Picture, list[Axes]]:
+    """A picture with plots side by side, each so many inches wide and high."""
+    figure, axes = plt.subplots(
+        1,
+        columns,
+        figsize=(width * columns, height),
+        layout="constrained",
+        squeeze=False,
+        FigureClass=Picture,
+    )
+    plt.close(figure)  # shown once, where it is returned, not a second time by the notebook
+    return figure, list(axes[0])
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that figures go to.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    with writing(f"figures folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@plt.rc_context(STYLE)
+def save(figure: Picture, table: pd.DataFrame, path: Path) -> None:
+    """Write a figure as PNG and SVG, and the numbers behind it as CSV, under one name.
+
+    Both pictures carry the text alternative: PNG as its description, SVG as its title, which a
+    browser reads out.
+
+    Args:
+        figure: what to write.
+        table: the numbers, written with six significant digits.
+        path: folder and name without suffix.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    make_folder(path.parent)
+    with writing(f"figure {path}"):
+        figure.savefig(path.with_suffix(".png"), metadata={"Description": figure.alt})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Title": figure.alt})
+        table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")

@@ -1,0 +1,190 @@
+"""The embedded study: both objectives trained, scored and drawn; what is done is reused."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from fcse import analysis, plots
+from fcse.config import TrainConfig
+from fcse.data import (
+    SentencePairs,
+    is_file,
+    load_corpus,
+    load_lee,
+    load_sts,
+    senteval_folder,
+    spread,
+)
+from fcse.encoder.sentence_encoder import SentenceEncoder
+from fcse.evaluation import judge_tasks, judged_pairs, score
+from fcse.recipes import RECIPES, recipe
+from fcse.study.published import SIMCSE_50_SEEDS
+from fcse.study.report import beside_published, judged
+from fcse.training import TrainResult, read_run, train
+
+OBJECTIVES = ("info_nce", "focal_info_nce")
+SHORT = "minilm-short"
+"""The recipe that notebooks train where nothing else is chosen."""
+
+
+def train_objectives(config: TrainConfig) -> dict[str, TrainResult]:
+    """The same config with each objective: name of the loss -> its run, trained or loaded."""
+    configs = (replace(config, objective=objective) for objective in OBJECTIVES)
+    return {each.name: train(each) for each in configs}
+
+
+def pick_runs(source: str | Path = SHORT) -> dict[str, TrainResult]:
+    """What a notebook looks at: fresh short runs, a run that is there, or any encoder.
+
+    Args:
+        source: the name of a recipe: it is trained with both objectives, or loaded where that was
+            done; a run folder; or the name or folder of an encoder, which stands for a run of no
+            steps.
+
+    Returns:
+        Name of the loss ("chosen encoder" for one without training) -> run.
+
+    Raises:
+        InputError: as in `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`.
+    """
+    if source in RECIPES:
+        return train_objectives(recipe(str(source)))
+    if is_file(Path(source) / "run.json"):
+        run = read_run(source)
+        return {run.config.name: run}
+    encoder = SentenceEncoder.from_pretrained(source)
+    config = TrainConfig(encoder=str(source), pooling=encoder.pooling)
+    scored = {"step": 0, **score(encoder, judged_pairs())}
+    run = TrainResult(config, Path(source), encoder, [], [scored], {"kept_step": 0}, {})
+    return {"chosen encoder": run}
+
+
+def with_untrained(runs: Mapping[str, TrainResult]) -> dict[str, SentenceEncoder]:
+    """The encoders to put side by side: where training began, under "untrained", and where it led.
+
+    A run of no steps, what `pick_runs` makes of an encoder, stands for itself alone.
+    """
+    encoders = {}
+    for name, run in runs.items():
+        if run.steps != [0]:
+            encoders.setdefault("untrained", run.encoder_at(0))
+        encoders[name] = run.encoder
+    return encoders
+
+
+def histories(runs: Mapping[str, TrainResult]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What each run wrote down as it went.
+
+    Returns:
+        The losses, columns "name", "step", "loss"; and the scorings, columns "name", "step", "lee"
+        (100 x Spearman) and what else was scored.
+    """
+    losses = [
+        {"name": name, "step": step, "loss": loss}
+        for name, run in runs.items()
+        for step, loss in enumerate(run.losses, start=1)
+    ]
+    scorings = [pd.DataFrame(run.evaluations).assign(name=name) for name, run in runs.items()]
+    return pd.DataFrame(losses, columns=["name", "step", "loss"]), pd.concat(scorings)
+
+
+def trajectories(runs: Mapping[str, TrainResult]) -> pd.DataFrame:
+    """Every scoring of every run on Lee's documents.
+
+    Returns:
+        Columns "name", "step", "alignment", "uniformity", "score" (100 x Spearman).
+    """
+    table = histories(runs)[1].rename(columns={"lee": "score"})
+    table = table.rename(columns=lambda c: c.removeprefix("lee_"))
+    return table[["name", "step", "alignment", "uniformity", "score"]].reset_index(drop=True)
+
+
+def scores_of(encoders: Mapping[str, SentenceEncoder], tasks: list[SentencePairs]) -> pd.DataFrame:
+    """Every encoder on every task: columns "encoder", "task", "score" (100 x Spearman)."""
+    return pd.DataFrame(
+        {"encoder": name, "task": pairs.name, "score": found["spearman"]}
+        for name, encoder in encoders.items()
+        for pairs, found in zip(tasks, judge_tasks(encoder, tasks), strict=True)
+    )
+
+
+def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame, Path]:
+    """Train InfoNCE and Focal-InfoNCE, score them beside the start, draw.
+
+    What is in the runs folder already is reused, so that a second call takes seconds.
+
+    Args:
+        config: of both runs but for the objective.
+        folder: where figures go, PNG, SVG and CSV; by default study/ beside the runs.
+
+    Returns:
+        One row a score: columns "encoder" (untrained, or the name of a loss), "task", "score" (100
+        x Spearman), "alignment", "uniformity"; and the folder of the figures.
+
+    Raises:
+        InputError: as in `training.train`.
+    """
+    folder = folder or Path(os.environ.get("FCSE_RUNS", "runs")) / "study"
+    plots.make_folder(folder)
+    runs = train_objectives(config)
+    first = next(iter(runs.values()))
+    untrained = first.encoder_at(0)
+    start = first.record["weights"]["first"][:8]
+    tasks = judged_tasks()
+    rows = [
+        {"encoder": name, "task": pairs.name, **scores}
+        for name, encoder, path in (
+            ("untrained", untrained, first.folder.with_name(f"untrained-{start}.json")),
+            *((name, run.encoder, run.folder / "scores.json") for name, run in runs.items()),
+        )
+        for pairs, scores in zip(tasks, judged(encoder, tasks, path), strict=True)
+    ]
+    table = pd.DataFrame(rows).rename(columns={"spearman": "score"})
+    draw(table, runs, untrained, folder)
+    return table, folder
+
+
+def judged_tasks() -> list[SentencePairs]:
+    """Lee's documents, and both STS-B splits where a SentEval folder is named."""
+    tasks = [load_lee()]
+    if senteval_folder() is not None:
+        for split in ("dev", "test"):
+            pairs = load_sts("STSBenchmark", split)
+            tasks.append(replace(pairs, name=f"STS-B {split}"))
+    return tasks
+
+
+def draw(
+    table: pd.DataFrame, runs: dict[str, TrainResult], untrained: SentenceEncoder, folder: Path
+) -> None:
+    """Write the study's figures, each with the CSV behind it.
+
+    Args:
+        table: what `study` returns.
+        runs: name of the loss -> its run.
+        untrained: where both runs started.
+        folder: where to write.
+    """
+    plots.save(plots.scores(table), table, folder / "scores")
+
+    losses, evaluations = histories(runs)
+    merged = losses.merge(evaluations, on=["name", "step"], how="outer", sort=True)
+    plots.save(plots.training(losses, evaluations), merged, folder / "training")
+
+    path = trajectories(runs).drop(columns="score")
+    plots.save(plots.plane(path), path, folder / "alignment_uniformity")
+
+    curves = analysis.curves()
+    plots.save(plots.pull_curves(curves), curves, folder / "pull_curves")
+
+    config = next(iter(runs.values())).config
+    batch = spread(load_corpus(config.corpus), config.batch_size)
+    sim = analysis.batch_similarities(untrained, batch, config.max_length, config.seed)
+    deciles = analysis.pull_by_decile(sim)
+    plots.save(plots.pull_by_decile(deciles), deciles, folder / "pull_by_decile")
+
+    points = beside_published()
+    plots.save(plots.beside_published(points, SIMCSE_50_SEEDS), points, folder / "published")

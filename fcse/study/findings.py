@@ -1,0 +1,414 @@
+"""What the rows of the study say: chosen settings, paired contrasts, surfaces, states on the way.
+
+The tables are those of the grids in figures/study/, one CSV beside each TOML file.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from fcse import plots
+from fcse.analysis import batch_similarities, effects
+from fcse.data import STS_TASKS, is_file, load_wiki_articles
+from fcse.errors import InputError, writing
+from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, rank
+from fcse.objectives import name as name_of
+from fcse.statistics import compare_seeds, holm
+from fcse.study.published import SIMCSE_50_SEEDS
+from fcse.study.report import beside_published
+from fcse.training import TrainResult, read_run
+from fcse.training.batches import seen
+
+STUDY = Path(__file__).parents[2] / "figures/study"
+"""Where a checkout of the project has the tables."""
+DEV = "STSBenchmark-dev"
+"""What settings are chosen by."""
+RATES = ("learning_rate", "method_rates")
+"""Tables that a learning rate is chosen from."""
+CONTRASTS = {
+    "contrasts": (("comparison", "second_corpus"), ("avg", "Lee"), "gains"),
+    "methods": (("methods",), ("STSBenchmark", "Lee"), "method_gains"),
+}
+"""What `draw` calls the contrasts -> their tables and scores, and the figure's name."""
+
+
+def read_study(*paths: Path) -> pd.DataFrame:
+    """A study's rows, with "avg", the mean of the STS tasks, where all seven are there.
+
+    Args:
+        paths: CSV files of grids, one below the other.
+
+    Raises:
+        InputError: a file is not there, or is no such table.
+    """
+    return pd.concat(map(_read_grid, paths), ignore_index=True)
+
+
+def _read_grid(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no table of a study: {error}") from None
+    if "name" not in table:
+        old = "made before losses had names: run the grid again" if "variant" in table else ""
+        raise InputError(f"{path} is no table of a study: {old or 'it has no column name'}")
+    if set(STS_TASKS) <= set(table):
+        table["avg"] = table[list(STS_TASKS)].mean(axis=1)
+    return table
+
+
+def alone(loss: str) -> str:
+    """The name of a loss without its methods: what the methods are added to."""
+    return loss.split(" + ")[0]
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(baseline, loss): what the study compares, of the losses there are.
+
+    Every objective with InfoNCE at the paper's temperature; the others with an InfoNCE at another
+    one, the fair opponent whose temperature was chosen on the dev split; and every loss with
+    methods with the same one without.
+    """
+    plain, focal = name_of(InfoNCE()), name_of(FocalInfoNCE())
+    names = sorted(dict.fromkeys(names), key=rank)
+    objectives = [each for each in names if alone(each) == each]
+    opponents = [each for each in objectives if each.startswith(f"{plain} (")]
+    found = [(plain, each) for each in objectives if each != plain]
+    found += [(opponent, focal) for opponent in opponents if focal in objectives]
+    return found + [(alone(each), each) for each in names if alone(each) != each]
+
+
+def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.DataFrame:
+    """The setting of each loss whose mean over seeds is highest on the dev split.
+
+    Args:
+        table: from `read_study`.
+        settings: the columns that were searched, such as learning_rate.
+        by: the column of scores.
+
+    Returns:
+        One row a loss: "name", the settings, `by` (the mean) and "seeds".
+    """
+    means = (
+        table.groupby(["name", *settings], dropna=False)[by]
+        .agg(["mean", "count"])
+        .rename(columns={"mean": by, "count": "seeds"})
+        .reset_index()
+    )
+    best = means.loc[means.groupby("name")[by].idxmax()]
+    return best.sort_values("name", key=lambda v: v.map(rank), ignore_index=True)
+
+
+def contrasts(
+    table: pd.DataFrame,
+    scores: Sequence[str] = ("avg", "Lee"),
+    compared: Sequence[tuple[str, str]] | None = None,
+) -> pd.DataFrame:
+    """Losses against each other, paired over seeds, corrected for the number of comparisons.
+
+    Args:
+        table: from `read_study`, with one row a loss, corpus and seed.
+        scores: columns of scores; the comparisons of one score on one corpus are a family.
+        compared: (baseline, loss) each, by name; else `pairs` of the losses in the table.
+
+    Returns:
+        One row a score, corpus and pair: "score", "corpus", "baseline", "name", "seeds", "mean" (of
+        the loss of that name), "difference" (to the baseline, points of 100 x Spearman), "low",
+        "high" (95 % interval of one comparison), "effect" (the difference in standard deviations of
+        the paired differences, Cohen's d_z), "p" (paired t test) and "p_holm".
+
+    Raises:
+        InputError: a loss without two seeds in common with its baseline.
+    """
+    compared = pairs(table["name"]) if compared is None else compared
+    rows = []
+    for (score, corpus), family in (
+        ((score, corpus), rows) for score in scores for corpus, rows in table.groupby("corpus")
+    ):
+        by_seed = family.pivot_table(index="seed", columns="name", values=score)
+        found = [
+            {"score": score, "corpus": corpus, "baseline": baseline, "name": loss}
+            | _paired(by_seed[baseline], by_seed[loss])
+            for baseline, loss in compared
+            if {baseline, loss} <= set(by_seed)
+        ]
+        rows += _corrected(found)
+    return pd.DataFrame(rows)
+
+
+def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
+    """Whether methods and the modulation add up: what each gains with it, less what without.
+
+    Args:
+        table: as in `contrasts`, with InfoNCE, Focal-InfoNCE, and methods with and without it.
+        scores: columns of scores; the methods on one score are a family.
+
+    Returns:
+        One row a score and method that ran both ways: "score", "method" and the numbers of
+        `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain with the
+        modulation.
+
+    Raises:
+        InputError: as in `contrasts`.
+    """
+    plain, focal = name_of(InfoNCE()), name_of(FocalInfoNCE())
+    rows = []
+    for score in scores:
+        by_seed = table.pivot_table(index="seed", columns="name", values=score)
+        found = []
+        for loss in by_seed:
+            method = loss.removeprefix(f"{plain} + ")
+            both = f"{focal} + {method}"
+            if method != loss and both in by_seed:
+                without = by_seed[loss] - by_seed[plain]
+                beside = by_seed[both] - by_seed[focal]
+                found.append({"score": score, "method": method} | _paired(without, beside))
+        rows += _corrected(found)
+    return pd.DataFrame(rows)
+
+
+def _paired(baseline: pd.Series, other: pd.Series) -> dict[str, float]:
+    """The numbers of one comparison, over the seeds that both have."""
+    both = pd.concat([baseline, other], axis=1).dropna().to_numpy().T
+    result = compare_seeds(*both)
+    return {
+        "seeds": result.n,
+        "mean": both[1].mean(),
+        "difference": result.difference,
+        "low": result.low,
+        "high": result.high,
+        "effect": result.difference / np.std(both[1] - both[0], ddof=1),
+        "p": result.p,
+    }
+
+
+def _corrected(family: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """The same rows with Holm's correction for their number."""
+    adjusted = holm([row["p"] for row in family])
+    return [row | {"p_holm": p} for row, p in zip(family, adjusted, strict=True)]
+
+
+def without_and_with(gains: pd.DataFrame) -> pd.DataFrame:
+    """What each method gains over InfoNCE, and with the modulation over Focal-InfoNCE.
+
+    Args:
+        gains: `contrasts` of a study of methods, on one corpus.
+
+    Returns:
+        One row a method (or the modulation itself), columns (score, baseline) of texts as of
+        `written`; "" where it did not run that way.
+    """
+    table = gains.assign(
+        gain=written(gains),
+        method=[
+            row.name.removeprefix(f"{row.baseline} + ")
+            for row in gains.rename_axis(None)[["name", "baseline"]].itertuples(name="Row")
+        ],
+    )
+    order = dict.fromkeys(table["method"])
+    wide = table.pivot(index="method", columns=["score", "baseline"], values="gain")
+    return wide.loc[list(order)].fillna("")
+
+
+def written(table: pd.DataFrame) -> pd.Series:
+    """Differences of `contrasts` as text, "+0.68 (+0.54 to +0.81) *": a star for p_holm < 0.05."""
+    texts = [
+        f"{row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}){' *' * (row.p_holm < 0.05)}"
+        for row in table.itertuples()
+    ]
+    return pd.Series(texts, table.index)
+
+
+def verdicts(gains: pd.DataFrame, hypotheses: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """Each hypothesis kept or dropped: kept where a difference is above 0 on every corpus.
+
+    Above 0 means p < 0.05 after Holm's correction.
+
+    Args:
+        gains: `contrasts` of one score.
+        hypotheses: what is claimed -> (baseline, loss) by name.
+
+    Returns:
+        One row a hypothesis: "hypothesis", "verdict" (kept or dropped), "differences" (as text, in
+        the order of the corpora), "shown_on" (the corpora on which it is, as text).
+    """
+    rows = []
+    for hypothesis, (baseline, loss) in hypotheses.items():
+        found = gains[(gains["baseline"] == baseline) & (gains["name"] == loss)]
+        shown = (found["difference"] > 0) & (found["p_holm"] < 0.05)
+        rows.append(
+            {
+                "hypothesis": hypothesis,
+                "verdict": "kept" if len(found) and shown.all() else "dropped",
+                "differences": " and ".join(f"{x:+.2f}" for x in found["difference"]),
+                "shown_on": ", ".join(found["corpus"][shown]) or "none",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def means(
+    table: pd.DataFrame, settings: Sequence[str], score: str = DEV, by: str = "name"
+) -> pd.DataFrame:
+    """Mean of a score over seeds for each loss and setting.
+
+    Args:
+        table: from `read_study`.
+        settings: columns that vary.
+        score: a column of scores.
+        by: "name" of the loss; or "objective", where the settings are of the objective itself.
+
+    Returns:
+        Columns `by`, the settings (NaN where a loss does not have one), "score", "low", "high"
+        (the lowest and the highest seed), "seeds".
+    """
+    grouped = table.groupby([by, *settings], dropna=False)[score]
+    found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
+    order = rank if by == "name" else list(OBJECTIVES).index
+    return found.sort_values(
+        [by, *settings], key=lambda x: x.map(order) if x.name == by else x, ignore_index=True
+    )
+
+
+def random_batches(count: int = 8, size: int = 64, seed: int = 0) -> list[tuple[list[str], ...]]:
+    """Batches as training draws them from the packaged corpus, with the article of each sentence.
+
+    Returns:
+        `count` times (sentences, titles), `size` each.
+    """
+    known = [(s, title) for title, article in load_wiki_articles().items() for s in article]
+    rows = np.random.default_rng(seed).permutation(len(known))[: count * size]
+    return [
+        tuple(map(list, zip(*(known[i] for i in part), strict=True)))
+        for part in rows.reshape(count, size)
+    ]
+
+
+def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -> pd.DataFrame:
+    """What a run's own loss does to fixed batches in each state whose weights there are.
+
+    Args:
+        run: with checkpoints; any more states make the path finer.
+        batches: from `random_batches`.
+
+    Returns:
+        One row a state, each number a mean over batches: "name" of the loss, "seed", "step", and
+        the columns of `analysis.effects`.
+
+    Raises:
+        InputError: the run has a method that acts on more than the similarities of a batch.
+    """
+    config = run.config
+    rows = []
+    for step in run.steps:
+        encoder = run.encoder_at(step)
+        measured = []
+        for sentences, titles in batches:
+            sim = batch_similarities(encoder, sentences, config.max_length, config.seed)
+            measured.append(effects(sim, titles, *seen(config, encoder, sentences)))
+        mean = pd.DataFrame(measured).mean().to_dict()
+        rows.append({"name": config.name, "seed": config.seed, "step": step} | mean)
+    return pd.DataFrame(rows)
+
+
+def take_over(folder: Path, runs: Path) -> None:
+    """Renew the study's tables from what its grids and `fcse study` left behind.
+
+    Args:
+        folder: with the grids' TOML files; NAME.csv is written beside NAME.toml.
+        runs: NAME/results.csv is taken where it is there; where NAME/runs holds weights of states
+            along training, `along_training` measures them; study/scores.csv is taken too, where
+            STS-B was at hand.
+
+    Raises:
+        InputError: nothing of that is there, or a table cannot be written.
+    """
+    names = [path.stem for path in sorted(folder.glob("*.toml"))]
+    known = [name for name in names if is_file(runs / name / "results.csv")]
+    scores = runs / "study/scores.csv"
+    if not known and not is_file(scores):
+        raise InputError(f"{runs} holds none of the grids {', '.join(names)}: run fcse study first")
+    for name in known:
+        with writing(f"table of {name}"):
+            shutil.copyfile(runs / name / "results.csv", folder / f"{name}.csv")
+    if is_file(scores) and "STS-B test" in set(pd.read_csv(scores)["task"]):
+        with writing("table of scores"):
+            shutil.copyfile(scores, folder / "scores.csv")
+    if "states" in known:
+        batches = random_batches()
+        folders = sorted(path.parent for path in (runs / "states/runs").glob("*/checkpoints"))
+        measured = [along_training(read_run(path), batches) for path in tqdm(folders, unit="run")]
+        table = pd.concat(measured).sort_values(["name", "seed", "step"], ignore_index=True)
+        with writing("table along training"):
+            table.to_csv(folder / "along_training.csv", index=False, float_format="%.6g")
+
+
+def draw(folder: Path) -> dict[str, pd.DataFrame]:
+    """Draw the figures of the repository from the study's tables, each beside its numbers.
+
+    Args:
+        folder: holds scores.csv, surface.csv, batch_size.csv, along_training.csv and the tables of
+            `RATES` and `CONTRASTS`; what is not there is left out. The published scores need none.
+
+    Returns:
+        Name -> table: "chosen", "surface", "batch_size", "along_training" and the names of
+        `CONTRASTS`.
+
+    Raises:
+        InputError: none of them is there, a table that is none of a study, or a figure that cannot
+            be written.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    if paths := _tables(folder, RATES):
+        found["chosen"] = chosen(read_study(*paths), ["learning_rate"])
+    for name, (setting, xlabel) in _BY_SETTING.items():
+        if is_file(folder / f"{name}.csv"):
+            rows = read_study(folder / f"{name}.csv")
+            found[name] = table = means(rows, [setting])
+            title = f"{_what(rows)}, {DEV}: mean and span of seeds"
+            picture = plots.by_setting(table, setting, xlabel, title)
+            plots.save(picture, table, folder / f"by_{name}")
+    if is_file(folder / "surface.csv"):
+        rows = read_study(folder / "surface.csv")
+        found["surface"] = table = means(rows, ["temperature", "m"], by="objective")
+        title = f"{_what(rows)}, {DEV}: mean over seeds"
+        plots.save(plots.surface(table, title), table, folder / "score_surface")
+    for name, (tables, scores, figure) in CONTRASTS.items():
+        if paths := _tables(folder, tables):
+            rows = read_study(*paths)
+            found[name] = table = contrasts(rows, scores)
+            title = f"{_what(rows)}: paired over seeds, 95 % intervals"
+            plots.save(plots.gains(table, title), table, folder / figure)
+    if is_file(folder / "along_training.csv"):
+        found["along_training"] = table = pd.read_csv(folder / "along_training.csv")
+        plots.save(plots.along_training(table), table, folder / "along_training")
+    if is_file(folder / "scores.csv"):
+        table = pd.read_csv(folder / "scores.csv")
+        plots.save(plots.scores(table), table, folder / "scores")
+    if not found:
+        raise InputError(f"{folder} holds no table of a study: run one of its grids first")
+    points = beside_published()
+    plots.save(plots.beside_published(points, SIMCSE_50_SEEDS), points, folder / "published")
+    return found
+
+
+_BY_SETTING = {
+    "learning_rate": ("learning_rate", "peak learning rate"),
+    "batch_size": ("batch_size", "batch size [sentences]"),
+}
+"""Table -> the setting that varies in it, and what its axis says."""
+
+
+def _tables(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Those of the tables that are there."""
+    return [path for name in names if is_file(path := folder / f"{name}.csv")]
+
+
+def _what(rows: pd.DataFrame) -> str:
+    """Encoder and amount of training that all rows share, in words."""
+    sentences = (rows["steps"] * rows["batch_size"]).max()
+    return f"{rows['encoder'].iloc[0]}, {sentences:,} sentences a run"

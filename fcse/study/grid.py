@@ -1,0 +1,237 @@
+"""A grid of runs from one TOML file: what it asks for, and what of it there is."""
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fcse import methods
+from fcse.config import PARAMETERS, TrainConfig, configured, recorded
+from fcse.data import STS_TASKS, is_file
+from fcse.errors import InputError
+from fcse.recipes import recipe
+
+TASKS = ("Lee", *STS_TASKS, "STSBenchmark-dev", "SICKRelatedness-dev")
+"""What the runs of a grid can be scored on."""
+
+_FIELDS = [f.name for f in fields(TrainConfig) if f.name not in ("recipe", "seed", "output")]
+_TOP = ("recipe", "tasks", "seeds", "runs")
+SCORES = "scores.json"
+"""Where a run's folder keeps the scores of its model."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a file asks for.
+
+    runs: distinct, each with its own folder as `output`, in the order in which they are run: all
+    settings with the first seed, then with the next. tasks: names from `TASKS`, scored once a run
+    is trained. folder: holds results.csv, and the runs' folders under runs/.
+    """
+
+    runs: tuple[TrainConfig, ...]
+    tasks: tuple[str, ...]
+    folder: Path
+
+    def to_run(self) -> list[TrainConfig]:
+        """The runs that are not yet trained and scored on every task, with these versions.
+
+        Raises:
+            InputError: a folder that is a file, or a record in it that cannot be read.
+        """
+        if is_file(self.folder):
+            raise InputError(f"output {self.folder} is a file: name a folder")
+        left = []
+        for config in self.runs:
+            finished = _finished(config.folder)
+            if finished is None or not finished[1].keys() >= set(self.tasks):
+                left.append(config)
+        return left
+
+
+def read_grid(path: Path, folder: Path) -> Grid:
+    """The grid that a TOML file describes.
+
+    Settings at the top, by their flat names, are common to all runs; each [[runs]] table adds its
+    own. Where a value is a list, each of its values is taken with each of the others'. `recipe`
+    gives what is not named (minilm-wiki), `seeds` is a list or a count (1), `tasks` a list of names
+    from `TASKS` (Lee). Runs that come to the same are one.
+
+    Args:
+        path: the file.
+        folder: where the grid is written; nothing is written here.
+
+    Raises:
+        InputError: no such file, bad TOML, an unknown key, a value of the wrong type or out of
+            range, or no run at all.
+    """
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+        settings, seeds, tasks = _parse(content)
+    except OSError as error:
+        raise InputError(f"study {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"study {path} is no valid TOML: {error}") from None
+    except InputError as error:
+        raise InputError(f"study {path}: {error}") from None
+    runs = dict.fromkeys(replace(run, seed=seed) for seed in seeds for run in settings)
+    named = tuple(replace(run, output=str(folder / "runs" / run.run_name)) for run in runs)
+    return Grid(named, tuple(tasks), folder)
+
+
+def _parse(content: Mapping[str, Any]) -> tuple[list[TrainConfig], list[int], list[str]]:
+    """The distinct settings (with seed 0), the seeds and the tasks of a file."""
+    common = {name: value for name, value in content.items() if name not in _TOP}
+    _check_keys(common, "")
+    start = content.get("recipe", "minilm-wiki")
+    if not isinstance(start, str):
+        raise InputError(f"recipe must be a string, got {start!r}")
+    base = recipe(start)
+
+    tasks = content.get("tasks", ["Lee"])
+    for task in tasks if isinstance(tasks, list) and tasks else [tasks]:
+        if task not in TASKS:
+            raise InputError(f"unknown task {task!r} in tasks: choose from {', '.join(TASKS)}")
+
+    seeds = content.get("seeds", 1)
+    if type(seeds) is int:
+        seeds = list(range(seeds))
+    if not isinstance(seeds, list) or any(type(seed) is not int for seed in seeds):
+        raise InputError(f"seeds must be a list of whole numbers or a count, got {seeds!r}")
+    if not seeds:
+        raise InputError("an empty grid: seeds names none")
+    for seed in seeds:
+        replace(base, seed=seed)  # says what is wrong with it
+
+    tables = content.get("runs", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InputError("runs must be tables: write [[runs]] above each")
+    if not tables:
+        raise InputError("an empty grid: add a [[runs]] table, see the README")
+    settings: list[TrainConfig] = []
+    for number, table in enumerate(tables, start=1):
+        _check_keys(table, f" in [[runs]] table {number}")
+        settings += _crossed(base, _merged(common, table))
+    return list(dict.fromkeys(settings)), list(dict.fromkeys(seeds)), list(dict.fromkeys(tasks))
+
+
+def _check_keys(table: Mapping[str, Any], where: str) -> None:
+    known = [*_FIELDS, *PARAMETERS, *methods.names()]
+    for key in table:
+        if key in known:
+            continue
+        if key in _TOP or key == "seed":
+            raise InputError(f"{key}{where}: it belongs at the top of the file")
+        try:
+            configured(TrainConfig(), {key: table[key]})
+        except InputError as error:
+            if "write " in str(error):
+                raise InputError(f"{error}{where}") from None
+        near = get_close_matches(key, [*known, *_TOP], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+        raise InputError(f"unknown key {key!r}{where}: {hint}")
+
+
+def _merged(common: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Both by flat names, the table's before the common ones."""
+    flat: dict[str, Any] = {}
+    for part in (common, table):
+        for name, value in part.items():
+            inner = value if isinstance(value, Mapping) else None
+            flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return flat
+
+
+def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfig]:
+    choices = []
+    for name, value in table.items():
+        if value == []:
+            raise InputError(f"an empty grid: {name} is an empty list")
+        choices.append(value if isinstance(value, list) else [value])
+    for chosen in product(*choices):
+        yield configured(base, dict(zip(table, chosen, strict=True)))
+
+
+def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]] | None:
+    """Record and scores of a run that is trained and scored, else None.
+
+    Raises:
+        InputError: files that are no record of a run.
+    """
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        if not record["finished"]:
+            return None
+        return record, json.loads((folder / SCORES).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, OSError):
+        raise InputError(f"{folder} holds a damaged record of a run: delete that folder") from None
+
+
+def results(folder: Path) -> pd.DataFrame:
+    """Every run of a study's folder that is trained and scored, whatever grid asked for it.
+
+    Args:
+        folder: holds runs/.
+
+    Returns:
+        One row a run: "run" (its folder's name), "hash" (8 hexadecimal digits over settings, local
+        files and versions), "name" (of the loss, see `TrainConfig.name`), every setting by its flat
+        name, empty where a run has none of that name, "device", "precision", "wall_time_s"
+        (training in s), "kept_step", the versions by package, and for each task its score (100 x
+        Spearman), TASK_alignment and TASK_uniformity.
+
+    Raises:
+        InputError: a record that cannot be read.
+    """
+    rows = []
+    for path in sorted(folder.glob("runs/*/run.json")):
+        finished = _finished(path.parent)
+        if finished is None:
+            continue
+        record, scores = finished
+        try:
+            config = recorded(record["config"])
+            rows.append(
+                {
+                    "run": path.parent.name,
+                    "hash": path.parent.name.rpartition("-")[2],
+                    "name": config.name,
+                    **config.settings,
+                    **{k: record[k] for k in ("device", "precision", "wall_time_s", "kept_step")},
+                    **record["versions"],
+                    **{
+                        task if kind == "spearman" else f"{task}_{kind}": value
+                        for task, kinds in scores.items()
+                        for kind, value in kinds.items()
+                    },
+                }
+            )
+        except (KeyError, TypeError, AttributeError, InputError):
+            raise InputError(
+                f"{path.parent} holds a damaged record of a run: delete that folder"
+            ) from None
+    return pd.DataFrame(rows)
+
+
+def plan(runs: Sequence[TrainConfig]) -> pd.DataFrame:
+    """What a grid's runs differ in.
+
+    Returns:
+        One row a setting: "name" of the loss, the other settings that vary among the runs, as text,
+        and "seeds".
+    """
+    table = pd.DataFrame([{"name": run.name, **run.settings} for run in runs], dtype=object)
+    table = table.where(table.notna(), "").astype(str)
+    said = {f for f in table if f in PARAMETERS or "." in f}  # by the name
+    varying = [f for f in _FIELDS if f in table and f != "objective" and table[f].nunique() > 1]
+    shown = ["name", *(f for f in varying if f not in said)]
+    return table.groupby(shown, sort=False)["seed"].agg(" ".join).rename("seeds").reset_index()

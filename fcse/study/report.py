@@ -1,0 +1,198 @@
+"""Runs side by side: their scores, over seeds, and beside the published numbers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fcse.config import PARAMETERS, TrainConfig, recorded
+from fcse.data import STS_TASKS, SentencePairs
+from fcse.encoder.sentence_encoder import SentenceEncoder
+from fcse.errors import InputError
+from fcse.evaluation import judge_tasks
+from fcse.objectives import rank
+from fcse.statistics import compare_seeds, summarise_seeds
+from fcse.study import published
+
+_SAID = ("recipe", "objective", "seed", *PARAMETERS)
+"""Settings that the name of a loss, or a column of its own, says already."""
+
+
+def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
+    """The finished runs of a folder, or the one run that the folder itself is.
+
+    Args:
+        folder: where runs lie side by side; FCSE_RUNS of the training.
+        recipe: keep the runs that started from this one only.
+
+    Returns:
+        One row a run: "folder" (Path), "name" (of the loss, see `TrainConfig.name`; where one name
+        stands for several classes, with a digest of what each does), "encoder", "seed", "settings"
+        (every other setting that is not the same in all of them, "" where all are).
+
+    Raises:
+        InputError: no such folder, no finished run in it, or a run.json that cannot be read.
+    """
+    configs, folder = {}, Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no folder of runs at {folder}: train with fcse train, or name another")
+    for path in sorted([*folder.glob("run.json"), *folder.glob("*/run.json")]):
+        try:
+            record = json.loads(path.read_text())
+            if record["finished"] and recipe in (None, record["config"]["recipe"]):
+                configs[path.parent] = recorded(record["config"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} is no record of a run: delete that folder") from None
+    if not configs:
+        raise InputError(f"{folder} holds no finished run: train with fcse train, or name another")
+    rows = [config.settings for config in configs.values()]
+    table = pd.DataFrame(rows, dtype=object)  # None is a value like any other
+    settings = table[[name for name in table if name not in _SAID and "." not in name]]
+    varying = [name for name in settings if settings[name].map(str).nunique() > 1]
+    runs = pd.DataFrame(
+        {
+            "folder": list(configs),
+            "name": _told_apart(list(configs.values())),
+            "encoder": table["encoder"],
+            "seed": table["seed"],
+            "settings": [
+                ", ".join(f"{name} {row[name]}" for name in varying)
+                for _, row in settings.iterrows()
+            ],
+        }
+    )
+    order = ["settings", "order", "name", "seed"]
+    runs = runs.assign(order=runs["name"].map(rank)).sort_values(order, ignore_index=True)
+    return runs.drop(columns="order")
+
+
+def _told_apart(configs: Sequence[TrainConfig]) -> list[str]:
+    """The names of losses, with what their classes do where one name stands for several."""
+    code = [
+        ", ".join(str(v) for k, v in config.settings.items() if k.endswith(".code"))
+        for config in configs
+    ]
+    named = [config.name for config in configs]
+    pairs = {*zip(named, code, strict=True)}
+    several = {name for name in named if sum(name == other for other, _ in pairs) > 1}
+    return [f"{n} [code {c}]" if n in several else n for n, c in zip(named, code, strict=True)]
+
+
+def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFrame:
+    """Every run on every task; what was scored once is read from the run's scores.json.
+
+    Args:
+        runs: from `load_runs`.
+        tasks: from `load_sts`, `load_lee`.
+
+    Returns:
+        One row a score: the columns of `runs`, "task", "score" (100 x Spearman), "alignment",
+        "uniformity"; and where all seven STS tasks are among them, their mean as task "avg".
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs.to_dict("records"):
+        scores = judged(run["folder"], tasks, run["folder"] / "scores.json")
+        rows += [run | {"task": p.name, **s} for p, s in zip(tasks, scores, strict=True)]
+        by_task = {p.name: s["spearman"] for p, s in zip(tasks, scores, strict=True)}
+        if by_task.keys() >= set(STS_TASKS):
+            average = sum(by_task[name] for name in STS_TASKS) / len(STS_TASKS)
+            rows.append(run | {"task": "avg", "spearman": average})
+    return pd.DataFrame(rows).rename(columns={"spearman": "score"})
+
+
+def judged(
+    encoder: SentenceEncoder | Path, tasks: Sequence[SentencePairs], path: Path
+) -> list[dict[str, float]]:
+    """`judge_tasks`, each task once: what `path` holds already is not computed again.
+
+    Args:
+        encoder: or the folder of a run, loaded only where something is left to compute.
+        tasks: told apart by their names.
+        path: a JSON file, made or extended.
+
+    Raises:
+        InputError: `path` is no valid JSON or cannot be written.
+    """
+    try:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        missing = [pairs for pairs in tasks if pairs.name not in known]
+        if missing:
+            if isinstance(encoder, Path):
+                encoder = SentenceEncoder.from_pretrained(encoder)
+            scores = judge_tasks(encoder, missing)
+            known |= {pairs.name: s for pairs, s in zip(missing, scores, strict=True)}
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=1) + "\n")
+            partial.rename(path)
+    except json.JSONDecodeError:
+        raise InputError(f"{path} is no valid JSON: delete it to score again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    return [known[pairs.name] for pairs in tasks]
+
+
+def over_seeds(scores: pd.DataFrame, baseline: str = "InfoNCE") -> pd.DataFrame:
+    """Mean, spread and interval of each loss over its seeds, and its gain over a baseline.
+
+    The gain is paired: over the seeds that both have under the same settings.
+
+    Args:
+        scores: from `score_runs`.
+        baseline: the name of the loss to compare with.
+
+    Returns:
+        One row per settings, task and loss: "seeds", "mean", "sd", "low", "high" (NaN for a
+        single seed), and "gain": a `Comparison`, None for the baseline itself and where fewer than
+        two seeds are common.
+    """
+    rows = []
+    for (settings, task), group in scores.groupby(["settings", "task"], sort=False):
+        by_seed = group.pivot_table(index="seed", columns="name", values="score")
+        for name in group["name"].unique():
+            x = by_seed[name].dropna()
+            row = {"settings": settings, "task": task, "name": name, "seeds": len(x)}
+            row |= {"mean": x.mean(), "gain": None}
+            if len(x) > 1:
+                summary = summarise_seeds(x)
+                row |= {"sd": summary.sd, "low": summary.low, "high": summary.high}
+            if name != baseline and baseline in by_seed:
+                pairs = by_seed[[baseline, name]].dropna()
+                if len(pairs) > 1:
+                    row["gain"] = compare_seeds(pairs[baseline], pairs[name])
+            rows.append(row)
+    columns = ["settings", "task", "name", "seeds", "mean", "sd", "low", "high", "gain"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def beside_published(scores: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The published averages, and runs with all seven STS tasks, against the noise of 50 seeds.
+
+    Args:
+        scores: from `score_runs`; its "avg" rows are taken.
+
+    Returns:
+        One row a result: "backbone", "name", "source" (published, or a run's folder name),
+        "avg", and "z": by how many standard deviations of the 50 SimCSE seeds of that backbone it
+        lies above their mean, NaN for a backbone without them.
+    """
+    rows = published.results()
+    if scores is not None:
+        for run in scores[scores["task"] == "avg"].to_dict("records"):
+            backbone = Path(run["encoder"]).name
+            rows.append(
+                {
+                    "backbone": backbone,
+                    "name": run["name"],
+                    "source": run["folder"].name,
+                    "avg": run["score"],
+                }
+            )
+    table = pd.DataFrame(rows)
+    noise = published.SIMCSE_50_SEEDS
+    table["z"] = [
+        (avg - noise[b]["mean"]) / noise[b]["sd"] if b in noise else float("nan")
+        for b, avg in zip(table["backbone"], table["avg"], strict=True)
+    ]
+    return table

@@ -1,0 +1,265 @@
+"""The runs of a grid, each in a process of its own, some at a time."""
+
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from fcse import processes
+from fcse.config import TrainConfig
+from fcse.data import SentencePairs, is_folder, load_lee, load_sts
+from fcse.encoder.sentence_encoder import SentenceEncoder
+from fcse.errors import InputError
+from fcse.evaluation import judged_pairs, score
+from fcse.study.grid import SCORES, Grid, results
+from fcse.study.report import judged
+from fcse.training import apart, run_folder, train
+
+
+def load_tasks(names: Sequence[str]) -> list[SentencePairs]:
+    """The judged pairs of each task, under the name from `TASKS`.
+
+    Raises:
+        InputError: as in `data.load_sts`.
+    """
+    tasks = []
+    for name in names:
+        task, _, split = name.partition("-")
+        pairs = load_lee() if name == "Lee" else load_sts(task, split or "test")
+        tasks.append(replace(pairs, name=name))
+    return tasks
+
+
+def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None:
+    """Train a run and score it; what of it is there already is reused.
+
+    Args:
+        config: with the run's folder as `output`.
+        tasks: names from `TASKS`; their scores are kept in the folder's scores.json.
+        keep_model: else the weights are removed once they are scored.
+
+    Raises:
+        InputError: as in `training.train`, `load_tasks`.
+    """
+    pairs = load_tasks(tasks)
+    folder = run_folder(config)
+    if not is_folder(folder.model) and folder.record() is not None:
+        folder.start()  # a task more than before, and the weights were removed: train them again
+    encoder = train(config).encoder.to(processes.world().device)
+    judged(encoder, pairs, folder.path / SCORES)
+    if not keep_model:
+        folder.drop_models()
+
+
+def run_grid(grid: Grid, workers: int | None = None, keep_models: bool = False) -> pd.DataFrame:
+    """Train and score what is left of a grid, each run in a process of its own.
+
+    results.csv is renewed after every run. A run that fails is said in one line, its output is
+    kept beside its folder as NAME.log, and the others go on. Runs end with the process that
+    called, however that ends, and go on from their last state when it is called again.
+
+    Args:
+        grid: from `read_grid`.
+        workers: runs at a time, >= 1, over the GPUs in turn; by default one a GPU, else one.
+        keep_models: keep the weights of the runs made now.
+
+    Returns:
+        `results` of the grid's folder.
+
+    Raises:
+        InputError: data of a task that is missing, a folder that another study works in or that
+            cannot be written, or, after all others are done, runs that failed.
+    """
+    if processes.world().num_processes > 1:
+        raise InputError("a study starts its own processes: call it without accelerate launch")
+    workers = check_workers(workers)
+    load_tasks(grid.tasks)  # better missed now than after the first training
+    try:
+        (grid.folder / "runs").mkdir(parents=True, exist_ok=True)
+        with FileLock(grid.folder / ".lock", timeout=0):
+            failed = _run_all(grid, workers, keep_models)
+    except Timeout:
+        raise InputError(
+            f"another study works in {grid.folder}: wait for it, or name another output"
+        ) from None
+    except OSError as error:
+        raise InputError(f"study in {grid.folder} stopped: {error.strerror or error}") from None
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(grid.runs)} runs failed, and the same command tries them "
+            f"again: {', '.join(failed)}"
+        )
+    return results(grid.folder)
+
+
+def _run_all(grid: Grid, workers: int, keep_models: bool) -> list[str]:
+    """Names of the runs that failed."""
+    waiting = grid.to_run()
+    free = list(range(workers))
+    running: dict[subprocess.Popen[bytes], tuple[TrainConfig, int]] = {}
+    failed: list[str] = []
+    _write_results(grid.folder)
+    done = len(grid.runs) - len(waiting)
+    bar = tqdm(total=len(grid.runs), initial=done, unit="run", smoothing=0)
+    try:
+        while waiting or running:
+            while waiting and free:
+                config, slot = waiting.pop(0), free.pop(0)
+                running[_start(config, grid.tasks, keep_models, slot, workers)] = config, slot
+            time.sleep(0.1)
+            for process in [p for p in running if p.poll() is not None]:
+                config, slot = running.pop(process)
+                process.stdin.close()
+                free.append(slot)
+                log = _log(config)
+                if process.returncode == 0:
+                    log.unlink()
+                    _write_results(grid.folder)
+                else:
+                    failed.append(config.folder.name)
+                    reason = _reason(process.returncode, log)
+                    bar.write(f"failed: {failed[-1]}: {reason} (see {log})", file=sys.stderr)
+                bar.update()
+    finally:
+        bar.close()
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+            process.stdin.close()
+    return failed
+
+
+def _start(
+    config: TrainConfig, tasks: Sequence[str], keep_models: bool, slot: int, workers: int
+) -> "subprocess.Popen[bytes]":
+    """`run_one` in a process of its own."""
+    with _log(config).open("wb") as log:
+        return apart.start(
+            run_one, config, tasks, keep_models, output=log, environment=_share(slot, workers)
+        )
+
+
+def _share(slot: int, workers: int) -> dict[str, str]:
+    """The environment that gives a worker its GPU, or its part of the cores."""
+    if gpus := _gpus():
+        return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+    if workers > 1:
+        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))}
+    return {}
+
+
+def _log(config: TrainConfig) -> Path:
+    return config.folder.with_name(f"{config.folder.name}.log")
+
+
+def _reason(code: int, log: Path) -> str:
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    said = next((line for line in reversed(lines) if line), f"exit code {code}")
+    return said.removeprefix("fcse: ")
+
+
+def _gpus() -> list[str]:
+    """The GPUs there are, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+
+
+def check_workers(workers: int | None) -> int:
+    """How many runs go on at a time: as asked, else one a GPU, else one.
+
+    Raises:
+        InputError: fewer than one was asked for.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    return workers or len(_gpus()) or 1
+
+
+def _write_results(folder: Path) -> None:
+    table = results(folder)
+    if len(table):
+        partial = folder / "results.csv.partial"
+        table.to_csv(partial, index=False)
+        partial.rename(folder / "results.csv")
+
+
+def estimate(grid: Grid, runs: Sequence[TrainConfig]) -> tuple[float, str]:
+    """How long training takes, without the scoring of the tasks after it.
+
+    By each encoder: the time of the finished runs in the folder on a device of the same kind,
+    scaled by steps x batch size; without one, two steps of the first run are timed here.
+
+    Args:
+        grid: whose folder is looked at; nothing is written.
+        runs: what is to be trained, at least one.
+
+    Returns:
+        Seconds, one run after another; and in words where they come from.
+
+    Raises:
+        InputError: as in `training.train`, `results`.
+    """
+    device = processes.world().device.type
+    known = results(grid.folder)
+    if len(known):
+        known = known[known["device"].str.partition(":")[0] == device]
+    seconds, sources = 0.0, []
+    for encoder in dict.fromkeys(run.encoder for run in runs):
+        same = [run for run in runs if run.encoder == encoder]
+        done = known[known["encoder"] == encoder] if len(known) else known
+        if len(done):
+            rate = done["wall_time_s"].sum() / (done["steps"] * done["batch_size"]).sum()
+            sources.append(
+                f"from {len(done)} finished run{'s'[: len(done) > 1]} of {encoder} on {device}"
+            )
+        else:
+            rate = _seconds(same[0]) / (same[0].steps * same[0].batch_size)
+            sources.append(f"from 2 steps of {encoder} timed on {device}")
+        seconds += rate * sum(run.steps * run.batch_size for run in same)
+    return seconds, ", ".join(sources)
+
+
+class _Timed(Exception):
+    """The steps to time are done."""
+
+
+def _seconds(config: TrainConfig) -> float:
+    """Seconds a whole run takes: its start, steps and scorings, from a few of them."""
+    times: list[float] = []
+
+    def clock(step: int, encoder: SentenceEncoder) -> None:
+        times.append(time.perf_counter())
+        if step == 3:
+            score(encoder, judged_pairs(config.metric))
+            times.append(time.perf_counter())
+            raise _Timed
+
+    long_enough = max(config.steps, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(
+            config, steps=long_enough, eval_steps=long_enough, output=f"{folder}/{config.run_name}"
+        )
+        begun = time.perf_counter()
+        with suppress(_Timed), redirect_stderr(io.StringIO()):
+            train(short, clock)
+    first, _, third, scored = times
+    scorings = math.ceil(config.steps / config.eval_steps)
+    step_s, score_s = (third - first) / 2, scored - third
+    return first - begun + (config.steps - 1) * step_s + scorings * score_s

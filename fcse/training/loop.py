@@ -1,0 +1,226 @@
+"""One readable loop: two dropout views, one similarity matrix, one loss."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fcse import losses, processes
+from fcse.config import Precision, TrainConfig
+from fcse.data import corpus_reader
+from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
+from fcse.errors import InputError
+from fcse.evaluation import judged_pairs, score
+from fcse.methods import Batch, Moments, Start
+from fcse.training import micro_batches
+from fcse.training.batches import compare, items, loss_of, make_batch, views
+from fcse.training.corpora import TokenizedCorpus, row_batches
+from fcse.training.folder import RunFolder
+from fcse.training.result import TrainResult, load_run, run_folder
+from fcse.training.state import Progress, pack, unpack
+
+Callback = Callable[[int, SentenceEncoder], None]
+
+
+def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
+    """Train an encoder, or load the run if this very one is in its folder already.
+
+    AdamW without weight decay, linear decay to 0, gradients clipped at norm 1.0, two dropout
+    views in one forward pass: SimCSE's recipe (Gao et al. 2021, appendix A).
+    The same config on the same machine gives the same losses to the last bit, also where a run
+    was killed on its way: it goes on from the last scoring whose state is whole.
+    Under `accelerate launch` every process calls it: negatives are shared, the first one writes.
+    A run that another process is training is waited for.
+
+    Args:
+        config: what to run.
+        callback: called after every step with the step's number and the encoder; never called for
+            a run that is loaded.
+
+    Raises:
+        InputError: a corpus or encoder that cannot be loaded, a corpus smaller than a batch, an
+            objective whose rows depend on each other, an output folder that holds something else
+            or cannot be written, or a loss or gradient that is not finite.
+    """
+    folder = run_folder(config)
+    try:
+        if folder.record() is None:
+            _train(config, folder, callback)
+    finally:
+        folder.release()
+    folder.drop_states()
+    return load_run(config)
+
+
+@dataclass
+class _Run:
+    """What a run is made of: what is trained, and what stays as it is."""
+
+    config: TrainConfig
+    precision: Precision
+    encoder: SentenceEncoder
+    corpus: TokenizedCorpus
+    first_weights: str
+    acting: dict[str, Moments] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> nn.ModuleDict:
+        """The encoder, and what methods train with it."""
+        modules = {key: m.module for key, m in self.acting.items() if m.module is not None}
+        return nn.ModuleDict({"encoder": self.encoder} | modules)
+
+
+def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) -> None:
+    started = time.perf_counter()
+    world = processes.world()
+    first = world.is_main_process
+    run = _prepare(config)
+    judged = judged_pairs(config.metric)
+    trained, acting = run.trained, list(run.acting.values())
+    parameters = list(trained.parameters())
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=0.0, fused=True)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=run.precision == "bf16")
+    layers = max((method.layers for method in acting), default=0)
+    embed = partial(views, run.encoder, layers, autocast)
+
+    def whole_loss(batch: Batch, *vectors: Tensor) -> Tensor:
+        return loss_of(config.objective, acting, autocast, compare(batch, layers, *vectors))
+
+    if first:
+        folder.claim()
+    world.wait_for_everyone()
+    if folder.record() is not None:
+        return  # by whom we waited for
+    world.wait_for_everyone()
+    state = folder.start() if first else None
+    world.wait_for_everyone()
+    state = state if first else folder.last_state()
+    progress = Progress(world.num_processes)
+    if state is not None:
+        progress = unpack(state, folder, trained, optimizer, run.acting)
+    else:
+        _log(folder, first, step=0, **score(run.encoder, judged))
+    before_s = progress.wall_time_s
+    trained.train()
+    drawn = row_batches(
+        len(run.corpus), config.batch_size, config.steps, config.seed, progress.step
+    )
+    bar = tqdm(
+        drawn, config.run_name, config.steps, initial=progress.step, unit="step", disable=not first
+    )
+    bar.disable = not first
+    for step, rows in enumerate(bar, start=progress.step + 1):
+        for method in acting:
+            method.before_step(step)
+        batch = make_batch(config, run.corpus, run.acting, step, rows)
+        learning_rate = config.learning_rate * (1 - (step - 1) / config.steps)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.zero_grad()
+        micro = config.micro_batch_size or config.batch_size
+        loss = micro_batches.backward(
+            embed, processes.share(items(batch)), micro, partial(whole_loss, batch)
+        )
+        loss = processes.mean(loss).item()
+        processes.average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            path = folder.keep_batch(step, batch.sentences.texts[: batch.size])
+            raise InputError(
+                f"at step {step} the loss is {loss} and the gradient's norm {norm}: lower the "
+                f"learning rate; its sentences are in {path}, the last good state is that of step "
+                f"{next(iter(folder.states()), 0)}"
+            )
+        optimizer.step()
+        for method in acting:
+            method.after_step(step)
+        _log(folder, first, step=step, loss=loss, learning_rate=learning_rate)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+        progress.step = step
+        progress.masked_pairs += batch.masked_pairs
+        progress.wall_time_s = before_s + time.perf_counter() - started
+        if step % config.eval_steps == 0 or step == config.steps:
+            scores = score(run.encoder, judged)
+            keep = progress.judge(step, scores, config)
+            random_states = gather_object([micro_batches.random_state()])
+            _log(folder, first, step=step, **scores)
+            if first and keep:
+                folder.keep(run.encoder)
+            if first and step < config.steps:
+                if config.checkpoints:
+                    folder.keep_checkpoint(step, run.encoder)
+                folder.keep_state(pack(progress, trained, optimizer, random_states, run.acting))
+        if callback is not None:
+            callback(step, run.encoder)
+    if first:
+        _finish(folder, run, progress)
+    world.wait_for_everyone()
+
+
+def _prepare(config: TrainConfig) -> _Run:
+    """Everything there is before the first step; what cannot be is refused before much is done."""
+    world = processes.world()
+    if config.batch_size % world.num_processes:
+        raise InputError(
+            f"batch_size {config.batch_size} cannot be shared evenly by "
+            f"{world.num_processes} processes"
+        )
+    precision = resolve_precision(config.precision, world.device)
+    losses.require_independent_rows(config.objective)
+    _make_deterministic((config.seed + world.process_index) % 2**32, world.device)
+    corpus_reader(config.corpus)  # refuses what is not there before an encoder is fetched
+    encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
+    corpus = TokenizedCorpus.load(
+        config.corpus, encoder, config.max_length, least=config.batch_size
+    )
+    run = _Run(config, precision, encoder, corpus, weights_hash(encoder.backbone))
+    start = Start(config, encoder.to(world.device), corpus)
+    run.acting |= {method.key: method.begin(start) for method in config.methods}
+    return run
+
+
+def _log(folder: RunFolder, first: bool, **numbers: float) -> None:
+    if first:
+        folder.log(**numbers)
+
+
+def _finish(folder: RunFolder, run: _Run, progress: Progress) -> None:
+    folder.finish(
+        device=str(run.encoder.device),
+        precision=run.precision,
+        processes=progress.processes,
+        wall_time_s=round(progress.wall_time_s, 1),
+        kept_step=progress.kept_step,
+        scores=progress.kept_scores,
+        corpus={"sentences": len(run.corpus), "sha256": run.corpus.sha256},
+        masked_pairs=progress.masked_pairs,
+        weights={"first": run.first_weights, "last": weights_hash(run.encoder.backbone)},
+    )
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """What "auto" means here: bf16 where matrix units for it exist, else float32.
+
+    On a CPU without them bf16 is emulated, and slower than float32 by far.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "float32"
+
+
+def _make_deterministic(seed: int, device: torch.device) -> None:
+    set_seed(seed)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
