@@ -9,16 +9,14 @@ by "+": focal_info_nce+sscl.
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fcse import methods, objectives
-from fcse.data import is_file, is_folder, sha256
+from fcse.data import is_file, is_folder, sha256, versions
 from fcse.encoder.pooling import Pooling
 from fcse.errors import InputError
 from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, Recorded, key, named, parameters
@@ -28,12 +26,6 @@ Precision = Literal["auto", "bf16", "float32"]
 
 PARAMETERS = {f.name: kind for kind in OBJECTIVES.values() for f in fields(kind)}
 """Parameter of one of the kit's objectives -> an objective that has it."""
-
-
-def versions() -> dict[str, str]:
-    """The versions a run depends on; a run is only reused where they are the same."""
-    packages = {name: version(name) for name in ("fcse", "torch", "transformers", "accelerate")}
-    return {"python": platform.python_version()} | packages
 
 
 @dataclass(frozen=True)

@@ -18,35 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fcse.errors import InputError
-from fcse.objectives import (
-    VARIANTS,
-    FocalInfoNCE,
-    HardnessInfoNCE,
-    InfoNCE,
-    Modulate,
-    name,
-    named,
-)
-
-__all__ = [
-    "VARIANTS",
-    "Columns",
-    "FocalInfoNCE",
-    "HardnessInfoNCE",
-    "InfoNCE",
-    "Own",
-    "Turn",
-    "chunked_loss",
-    "focal_info_nce",
-    "gradient_weights",
-    "hardness_info_nce",
-    "info_nce",
-    "logits",
-    "loss",
-    "require_independent_rows",
-    "similarity_matrix",
-    "unit_rows",
-]
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE, Modulate, name, named
 
 CHUNK_ENTRIES = 2**22
 """Entries of the similarity matrix that `chunked_loss` holds at a time: 16 MiB of float32, of

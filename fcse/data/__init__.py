@@ -13,6 +13,7 @@ from fcse.data.assets import (
     is_file,
     is_folder,
     sha256,
+    versions,
 )
 from fcse.data.judgements import (
     STS_SUBSETS,
@@ -30,30 +31,3 @@ from fcse.data.text import (
     spread,
     text_hash,
 )
-
-__all__ = [
-    "HUB_DATASET",
-    "LEE_DOCUMENTS",
-    "LEE_JUDGEMENTS",
-    "MINILM",
-    "STS_SUBSETS",
-    "STS_TASKS",
-    "WIKI_MINI",
-    "PackagedFile",
-    "SentencePairs",
-    "article_batch",
-    "cache_folder",
-    "corpus_reader",
-    "download",
-    "hub_reachable",
-    "is_file",
-    "is_folder",
-    "load_corpus",
-    "load_lee",
-    "load_sts",
-    "load_wiki_articles",
-    "senteval_folder",
-    "sha256",
-    "spread",
-    "text_hash",
-]

@@ -3,8 +3,10 @@
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from fcse.errors import InputError, first_line
@@ -154,3 +156,9 @@ def hub_reachable(timeout: float = 5.0) -> bool:
     except Exception:  # offline mode, no network, no answer: all mean no
         return False
     return True
+
+
+def versions() -> dict[str, str]:
+    """The versions a run depends on; a run is only reused where they are the same."""
+    packages = {name: version(name) for name in ("fcse", "torch", "transformers", "accelerate")}
+    return {"python": platform.python_version()} | packages

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fcse.data import cache_folder
+from fcse.data import cache_folder, versions
 from fcse.errors import InputError, first_line, writing
 from fcse.methods import Batch, Brought, Comparison, Loss, Method, Moments, Sentences, Start
 from fcse.objectives import require
@@ -121,7 +121,6 @@ def drawn(neighbours: np.ndarray, rows: np.ndarray, seed: int, step: int) -> np.
 def _nearest(encoder: Any, corpus: Any, k: int) -> np.ndarray:
     """`nearest` of a corpus by this encoder, kept for the next run that asks for it."""
     from fcse import processes
-    from fcse.config import versions
     from fcse.encoder.nearest import nearest
     from fcse.encoder.sentence_encoder import weights_hash
 

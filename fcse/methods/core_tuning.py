@@ -28,8 +28,6 @@ from fcse.methods import Comparison, Loss, Method, Moments, Start
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fcse.config import TrainConfig
-
 MIN_NEGATIVE_WEIGHT = 0.8
 """The least share of the drawn negative in a mixed one, as in the authors' code."""
 
@@ -55,7 +53,7 @@ class CoreTuning(Method):
         """The focal weight alone is of a row's similarities; mixing needs vectors."""
         return not self.mixing
 
-    def check(self, config: "TrainConfig") -> None:
+    def check(self, config: Any) -> None:
         """Raise InputError where another method adds negatives for all rows."""
         others = {"sscl": "layers", "cards": "neighbours"}
         for other in config.methods:

@@ -22,7 +22,7 @@ Where this differs from their code:
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fcse.errors import InputError
 from fcse.methods import Comparison, Method, Moments, Start
@@ -31,7 +31,6 @@ from fcse.objectives import require
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fcse.config import TrainConfig
     from fcse.encoder.detection import Detection
 
 
@@ -55,7 +54,7 @@ class DiffCSE(Method):
         """Whether detection has a weight."""
         return self.detection > 0
 
-    def check(self, config: "TrainConfig") -> None:
+    def check(self, config: Any) -> None:
         """Raise InputError beside micro-batches: tokens are replaced in a batch as a whole."""
         if config.micro_batch_size:
             raise InputError(

@@ -74,7 +74,7 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     methods with the same one without.
     """
     plain, focal = name_of(InfoNCE()), name_of(FocalInfoNCE())
-    names = sorted(dict.fromkeys(names), key=rank)
+    names = sorted(dict.fromkeys(names), key=lambda each: (rank(alone(each)), rank(each), each))
     objectives = [each for each in names if alone(each) == each]
     opponents = [each for each in objectives if each.startswith(f"{plain} (")]
     found = [(plain, each) for each in objectives if each != plain]

@@ -3,5 +3,3 @@
 from fcse.config import TrainConfig
 from fcse.training.loop import train
 from fcse.training.result import TrainResult, load_run, read_run, run_folder
-
-__all__ = ["TrainConfig", "TrainResult", "load_run", "read_run", "run_folder", "train"]

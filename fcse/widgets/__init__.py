@@ -6,13 +6,3 @@ from fcse.widgets.negatives import NegativeExplorer
 from fcse.widgets.picker import RunPicker, SeedsPicker
 from fcse.widgets.plane import TrajectoryPlane
 from fcse.widgets.training import TrainingPanel
-
-__all__ = [
-    "AblationPanel",
-    "MapExplorer",
-    "NegativeExplorer",
-    "RunPicker",
-    "SeedsPicker",
-    "TrainingPanel",
-    "TrajectoryPlane",
-]
