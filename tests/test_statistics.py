@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fcse import published
 from fcse.data import SentencePairs
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -17,6 +16,7 @@ from fcse.statistics import (
     seeds_needed,
     summarise_seeds,
 )
+from fcse.study import published
 
 
 @pytest.fixture
