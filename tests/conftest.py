@@ -26,6 +26,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from fcse.config import TrainConfig
 from fcse.data import load_corpus
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -210,6 +211,26 @@ def small_corpus(tmp_path_factory, sentences):
     path = tmp_path_factory.mktemp("corpora") / "forty.txt"
     path.write_text("\n".join(sentences[:40]), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model, small_corpus):
+    """(output, settings) -> a config that trains in a second: a tiny BERT on forty sentences."""
+
+    def make(output, **changes):
+        usual = {
+            "encoder": str(tiny_model("bert")),
+            "corpus": str(small_corpus),
+            "batch_size": 8,
+            "steps": 6,
+            "learning_rate": 1e-3,
+            "max_length": 16,
+            "eval_steps": 3,
+            "precision": "float32",
+        }
+        return TrainConfig(**usual | changes, output=str(output))
+
+    return make
 
 
 @pytest.fixture
