@@ -297,6 +297,8 @@ def typed(said: str, kind: type, name: str, value: Any) -> Any:
 def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
     if said in _OLD:
         return f"write {_OLD[said][0]}.{said}"
+    if said in methods.names():
+        return f"write {said}.{fields(methods.method(said))[0].name}"
     known = [*hints]
     if kind is TrainConfig:
         known += [*PARAMETERS, *methods.names()]

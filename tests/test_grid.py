@@ -15,12 +15,14 @@ import pytest
 import torch
 from conftest import one_line_refusal
 
-from fcse import cli
-from fcse import grid as grids
-from fcse.config import TrainConfig
+from fcse import cli, losses
+from fcse.config import TrainConfig, configured, recorded
 from fcse.errors import InputError
-from fcse.grid import canonical, plan, read_grid, results, run_one
-from fcse.report import load_runs
+from fcse.objectives import OBJECTIVES
+from fcse.study import workers
+from fcse.study.grid import plan, read_grid, results
+from fcse.study.report import load_runs
+from fcse.study.workers import run_one
 
 TWO = """
 [[runs]]
@@ -56,7 +58,7 @@ def tree(folder):
 
 
 def settings(runs, *names):
-    return [tuple(getattr(run, name) for name in names) for run in runs]
+    return [tuple(run.settings[name] for name in names) for run in runs]
 
 
 def test_lists_are_crossed_and_seeds_come_last(grid):
@@ -68,7 +70,7 @@ def test_lists_are_crossed_and_seeds_come_last(grid):
         """).runs
     expected = [(seed, s, t) for seed in (3, 5) for s in (4, 8) for t in (0.03, 1.0)]
     assert settings(runs, "seed", "steps", "temperature") == expected
-    assert all(isinstance(run.temperature, float) for run in runs)
+    assert all(isinstance(run.objective.temperature, float) for run in runs)
     assert len({run.output for run in runs}) == len(runs)
 
 
@@ -110,9 +112,10 @@ def test_runs_that_come_to_the_same_are_one(grid):
         [[runs]]
         m = 0.1
         """).runs
-    assert [run.key for run in runs if run.seed == 1] == [
-        *("info_nce", "positive", "hardness_info_nce"),
-        *("focal_info_nce", "negative") * 2,
+    assert [run.name for run in runs if run.seed == 1] == [
+        *("InfoNCE", "Focal-InfoNCE (modulate=positive)", "Hardness-InfoNCE"),
+        *("Focal-InfoNCE (m=0.1)", "Focal-InfoNCE (m=0.1, modulate=negative)"),
+        *("Focal-InfoNCE", "Focal-InfoNCE (modulate=negative)"),
     ]
     assert len(runs) == 14
 
@@ -120,22 +123,47 @@ def test_runs_that_come_to_the_same_are_one(grid):
 @pytest.mark.parametrize("objective", ["info_nce", "focal_info_nce", "hardness_info_nce"])
 @pytest.mark.parametrize("modulate", ["both", "positive", "negative", "none"])
 def test_one_way_of_writing_keeps_what_acts(objective, modulate):
-    config = TrainConfig(
-        objective=objective, modulate=modulate, m=0.7, alpha=2.0, stop_gradient=True
-    )
-    once = canonical(config)
-    assert once.key == config.key
-    assert canonical(once) == once
-    assert (once.m == 0.7) == (once.key == "stop_gradient" and modulate != "positive")
-    assert (once.alpha == 2.0) == (objective == "hardness_info_nce")
+    given = {"temperature": 0.1, "modulate": modulate, "m": 0.7, "stop_gradient": True, "alpha": 2}
+    config = configured(TrainConfig(), {"objective": objective} | given)
+    assert replace(config) == configured(config, config.settings) == config
+    m_acts = objective == "focal_info_nce" and modulate in ("both", "negative")
+    assert (config.settings.get("m") == 0.7) == m_acts
+    assert (config.settings.get("alpha") == 2.0) == (objective == "hardness_info_nce")
+
+    kind = OBJECTIVES[objective]
+    said = kind(**{name: x for name, x in given.items() if hasattr(kind, name)})
+    sim = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
+    for what in (losses.logits, losses.gradient_weights):
+        assert torch.equal(what(sim, said), what(sim, config.objective))
 
 
 def test_plan_shows_what_varies(grid):
-    table = plan(grid(f"seeds = [4, 7]\nm = [0.1, 0.3]\nsteps = 5\n{TWO}").runs)
+    table = plan(grid(f"seeds = [4, 7]\nm = [0.1, 0.3]\nsteps = 5\n{TWO}steps = [5, 9]").runs)
     assert table.to_dict("records") == [
-        {"variant": "info_nce", "m": "", "seeds": "4 7"},
-        {"variant": "focal_info_nce", "m": "0.1", "seeds": "4 7"},
-        {"variant": "focal_info_nce", "m": "0.3", "seeds": "4 7"},
+        {"name": name, "steps": steps, "seeds": "4 7"}
+        for name, steps in (
+            ("InfoNCE", "5"),
+            *(("Focal-InfoNCE (m=0.1)", "5"), ("Focal-InfoNCE (m=0.1)", "9")),
+            *(("Focal-InfoNCE", "5"), ("Focal-InfoNCE", "9")),
+        )
+    ]
+
+
+def test_methods_are_reached_by_their_names(grid):
+    runs = grid("""
+        seeds = [4]
+        sscl.layers = [1, 2]
+        [[runs]]
+        [[runs]]
+        objective = "info_nce+diffcse"
+        sscl = { layers = 0 }
+        """).runs
+    assert plan(runs).to_dict("records") == [
+        {"name": name, "seeds": "4"}
+        for name in (
+            *("Focal-InfoNCE + SSCL", "Focal-InfoNCE + SSCL (layers=2)"),
+            "InfoNCE + DiffCSE",
+        )
     ]
 
 
@@ -153,6 +181,13 @@ WRONG = {
     "[[runs]]\nobjective = 1": "objective must be a string, got 1",
     "[[runs]]\nobjective = 'x'": "unknown objective 'x': choose from",
     "[[runs]]\ntemperature = 0": "temperature must be a finite number above 0",
+    "layers = 2\n[[runs]]": "unknown key 'layers': write sscl.layers",
+    "[[runs]]\nmargin = 0.1": r"'margin': write adap_acse.margin in \[\[runs\]\] table 1",
+    "[[runs]]\nsscl.layer = 2": "unknown key 'sscl.layer': did you mean layers",
+    "[[runs]]\nsscl.layers = 'two'": "sscl.layers must be a whole number, got 'two'",
+    "[[runs]]\nsscl = 2": "unknown key 'sscl': write sscl.layers",
+    "[[runs]]\nmethods = ['sscl']": "unknown key 'methods'",
+    "[[runs]]\nobjective = 'sscl+zzz'": "unknown objective 'zzz': choose from",
     "recipe = 1\n[[runs]]": "recipe must be a string",
     "recipe = 'x'\n[[runs]]": "unknown recipe 'x'",
     "tasks = ['STS99']\n[[runs]]": "unknown task 'STS99'",
@@ -226,7 +261,7 @@ def test_an_output_that_is_a_file_or_lies_in_one(grid, tmp_path):
         study.to_run()
     inside = replace(study, folder=tmp_path / "out/in")
     with one_line_refusal(f"study in {tmp_path / 'out/in'} stopped: Not a directory"):
-        grids.run_grid(inside)
+        workers.run_grid(inside)
 
 
 @pytest.mark.usefixtures("no_sts_data")
@@ -239,7 +274,7 @@ def test_missing_data_is_said_before_the_first_training(tiny, tmp_path, capsys):
 
 
 def test_a_task_more_trains_again_only_where_the_weights_are_gone(grid, tiny, tmp_path):
-    (config,) = grid(f"{tiny}[[runs]]").runs
+    (config,) = grid(f"{tiny}sscl.layers = 2\n[[runs]]").runs
     folder = Path(config.output)
     run_one(config, ["Lee"], keep_model=True)
     assert (folder / "model").is_dir()
@@ -254,6 +289,9 @@ def test_a_task_more_trains_again_only_where_the_weights_are_gone(grid, tiny, tm
     run_one(config, ["Lee"], keep_model=False)
     assert json.loads((folder / "scores.json").read_text()) == known
     assert (folder / "run.json").stat().st_mtime_ns > before
+    (row,) = results(tmp_path / "out").to_dict("records")
+    shown = [row[name] for name in ("name", "objective", "sscl.layers", "m")]
+    assert shown == ["Focal-InfoNCE + SSCL (layers=2)", "focal_info_nce+sscl", 2, 0.3]
 
 
 @pytest.mark.parametrize(("visible", "named"), [(None, "01"), ("4,7", "47")])
@@ -262,23 +300,23 @@ def test_one_worker_a_gpu(visible, named, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert grids.check_workers(None) == 2
-    given = [grids._share(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert workers.check_workers(None) == 2
+    given = [workers._share(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert given == [*named, named[0]]
 
 
 def test_workers_share_the_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert grids.check_workers(None) == 1
-    assert grids._share(0, 1) == {}
-    assert grids._share(2, 3) == {"OMP_NUM_THREADS": "2"}
+    assert workers.check_workers(None) == 1
+    assert workers._share(0, 1) == {}
+    assert workers._share(2, 3) == {"OMP_NUM_THREADS": "2"}
 
 
 def test_a_run_that_is_killed_is_one_line_and_the_next_goes_on(grid, tiny, monkeypatch, capsys):
     study = grid(f"{tiny}{TWO}")
     first, second = study.runs
-    start_one = grids._start
+    start_one = workers._start
 
     def start_and_kill(config, *others):
         process = start_one(config, *others)
@@ -286,9 +324,9 @@ def test_a_run_that_is_killed_is_one_line_and_the_next_goes_on(grid, tiny, monke
             process.kill()
         return process
 
-    monkeypatch.setattr(grids, "_start", start_and_kill)
+    monkeypatch.setattr(workers, "_start", start_and_kill)
     with one_line_refusal(f"1 of 2 runs failed, .*: {first.folder.name}$"):
-        grids.run_grid(study)
+        workers.run_grid(study)
     assert f"failed: {first.folder.name}: ended by SIGKILL" in capsys.readouterr().err
     assert results(study.folder)["run"].tolist() == [second.folder.name]
     assert study.to_run() == [first]
@@ -344,7 +382,7 @@ def test_killed_and_resumed_nothing_is_repeated(tiny, tmp_path, capsys):
     assert len(children) == 1
     process.kill()
     process.wait()
-    assert psutil.wait_procs(children, timeout=20)[1] == [], "a run outlived its study"
+    assert psutil.wait_procs(children, timeout=60)[1] == [], "a run outlived its study"
     before = finished(folder)
     assert len(before) == 1
     assert len(pd.read_csv(folder / "results.csv")) == 1
@@ -362,7 +400,7 @@ def test_killed_and_resumed_nothing_is_repeated(tiny, tmp_path, capsys):
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
     assert "interrupted" in log.read_text()
-    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert psutil.wait_procs(children, timeout=60)[1] == []
     assert finished(folder) == before
 
     assert command(*arguments) == 2
@@ -390,7 +428,7 @@ def test_killed_and_resumed_nothing_is_repeated(tiny, tmp_path, capsys):
     assert command(*arguments) == 0
     assert tree(folder / "runs") == done
 
-    wanted = {"run", "hash", "variant", "objective", "m", "temperature", "seed", "device"}
+    wanted = {"run", "hash", "name", "objective", "m", "temperature", "seed", "device"}
     wanted |= {"fcse", "torch", "transformers", "precision", "wall_time_s", "kept_step"}
     assert wanted | {"Lee", "Lee_alignment", "Lee_uniformity"} <= {*table}
     assert table["m"].isna().tolist() == (table["objective"] == "info_nce").tolist()
@@ -399,7 +437,7 @@ def test_killed_and_resumed_nothing_is_repeated(tiny, tmp_path, capsys):
     for row in table.to_dict("records"):
         record = json.loads((folder / "runs" / row["run"] / "run.json").read_text())
         assert row["Lee"] == pytest.approx(record["scores"]["lee"])
-        assert row["hash"] == TrainConfig(**record["config"]).name[-8:]
+        assert row["hash"] == recorded(record["config"]).run_name[-8:]
 
 
 def test_a_damaged_record_is_named(grid, tmp_path):

@@ -20,7 +20,8 @@ from fcse.recipes import recipe
 TASKS = ("Lee", *STS_TASKS, "STSBenchmark-dev", "SICKRelatedness-dev")
 """What the runs of a grid can be scored on."""
 
-_FIELDS = [f.name for f in fields(TrainConfig) if f.name not in ("recipe", "seed", "output")]
+_NOT_IN_TABLES = ("recipe", "seed", "output", "methods")
+_FIELDS = [f.name for f in fields(TrainConfig) if f.name not in _NOT_IN_TABLES]
 _TOP = ("recipe", "tasks", "seeds", "runs")
 SCORES = "scores.json"
 """Where a run's folder keeps the scores of its model."""
@@ -127,7 +128,7 @@ def _check_keys(table: Mapping[str, Any], where: str) -> None:
     for key in table:
         if key in known:
             continue
-        if key in _TOP or key == "seed":
+        if key in _TOP:
             raise InputError(f"{key}{where}: it belongs at the top of the file")
         try:
             configured(TrainConfig(), {key: table[key]})
@@ -156,7 +157,10 @@ def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfi
             raise InputError(f"an empty grid: {name} is an empty list")
         choices.append(value if isinstance(value, list) else [value])
     for chosen in product(*choices):
-        yield configured(base, dict(zip(table, chosen, strict=True)))
+        given = dict(zip(table, chosen, strict=True))
+        if not isinstance(given.get("objective", ""), str):
+            raise InputError(f"objective must be a string, got {given['objective']!r}")
+        yield configured(base, given)
 
 
 def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]] | None:
@@ -231,7 +235,5 @@ def plan(runs: Sequence[TrainConfig]) -> pd.DataFrame:
     """
     table = pd.DataFrame([{"name": run.name, **run.settings} for run in runs], dtype=object)
     table = table.where(table.notna(), "").astype(str)
-    said = {f for f in table if f in PARAMETERS or "." in f}  # by the name
-    varying = [f for f in _FIELDS if f in table and f != "objective" and table[f].nunique() > 1]
-    shown = ["name", *(f for f in varying if f not in said)]
+    shown = ["name", *(f for f in _FIELDS if f != "objective" and table[f].nunique() > 1)]
     return table.groupby(shown, sort=False)["seed"].agg(" ".join).rename("seeds").reset_index()
