@@ -8,15 +8,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fcse import published
 from fcse.config import TrainConfig
 from fcse.data import STS_TASKS, load_lee
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
-from fcse.report import beside_published, load_runs, over_seeds, score_runs
+from fcse.objectives import FocalInfoNCE
 from fcse.statistics import compare_seeds
+from fcse.study import published
+from fcse.study.report import beside_published, load_runs, over_seeds, score_runs
 from fcse.training import train
+
+HALF = "Focal-InfoNCE (modulate=positive)"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,8 @@ def trained(tiny_model, small_corpus, tmp_path_factory):
         for seed in (0, 1):
             output = root / f"{objective}-{seed}"
             train(replace(config, objective=objective, seed=seed, output=str(output)))
-    train(replace(config, modulate="positive", recipe="half", output=str(root / "half")))
+    half = replace(config, objective=FocalInfoNCE(modulate="positive"), recipe="half")
+    train(replace(half, output=str(root / "half")))
     shutil.copytree(root / "half", root / "interrupted")
     record = json.loads((root / "half/run.json").read_text())
     (root / "interrupted/run.json").write_text(json.dumps(record | {"finished": False}))
@@ -49,31 +53,62 @@ def folder(trained, tmp_path):
 
 
 def test_finished_runs_are_listed_with_what_was_on(folder):
-    runs = load_runs(folder).set_index(["objective", "seed"])
-    assert sorted(runs.index) == [
-        ("focal_info_nce", 0),
-        ("focal_info_nce", 1),
-        ("info_nce", 0),
-        ("info_nce", 1),
-        ("positive", 0),
+    runs = load_runs(folder).set_index(["name", "seed"])
+    assert runs.index.tolist() == [
+        ("InfoNCE", 0),
+        ("InfoNCE", 1),
+        ("Focal-InfoNCE", 0),
+        ("Focal-InfoNCE", 1),
+        (HALF, 0),
     ]
-    assert runs.loc[("positive", 0), "folder"] == folder / "half"
+    assert runs.loc[(HALF, 0), "folder"] == folder / "half"
     assert set(runs["settings"]) == {""}
-    assert load_runs(folder, "half")["objective"].tolist() == ["positive"]
+    assert load_runs(folder, "half")["name"].tolist() == [HALF]
 
 
 def test_one_run_is_a_folder_of_runs_too(folder):
     assert load_runs(folder / "half")["folder"].tolist() == [folder / "half"]
 
 
-def test_settings_name_what_differs(folder):
-    path = folder / "half/run.json"
+def rewrite(path, **changes):
     record = json.loads(path.read_text())
-    record["config"]["temperature"] = 0.1
+    record["config"] |= changes
     path.write_text(json.dumps(record))
-    runs = load_runs(folder).set_index("objective")
-    assert runs.loc["positive", "settings"] == "temperature 0.1"
-    assert set(runs.loc["info_nce", "settings"]) == {"temperature 0.05"}
+
+
+def test_settings_name_what_differs_beside_the_loss(folder):
+    rewrite(folder / "half/run.json", learning_rate=0.1, temperature=0.2)
+    runs = load_runs(folder).set_index("name")
+    assert runs.loc["Focal-InfoNCE (temperature=0.2, modulate=positive)", "settings"] == (
+        "learning_rate 0.1"
+    )
+    assert set(runs.loc["InfoNCE", "settings"]) == {"learning_rate 0.001"}
+
+
+def test_losses_that_differ_in_a_method_alone_are_two_rows(folder):
+    for seed, layers in ((0, 1), (1, 2)):
+        path = folder / f"info_nce-{seed}/run.json"
+        rewrite(path, objective="info_nce+sscl", **{"sscl.layers": layers})
+    runs = load_runs(folder)
+    assert runs["name"].tolist()[-2:] == ["InfoNCE + SSCL", "InfoNCE + SSCL (layers=2)"]
+    assert set(runs["settings"]) == {""}
+    summary = over_seeds(runs.assign(task="A", score=range(5)))
+    assert summary.set_index("name")["seeds"].to_dict() == {
+        **{"Focal-InfoNCE": 2, HALF: 1},
+        **{"InfoNCE + SSCL": 1, "InfoNCE + SSCL (layers=2)": 1},
+    }
+
+
+def test_an_old_record_is_shown_by_today_s_names(folder):
+    old = {
+        **{"objective": "adap_acse", "temperature": 0.05, "m": 0.3, "modulate": "both"},
+        **{"stop_gradient": False, "alpha": 9.0, "layers": None, "neighbours": None},
+        **{"case_switch": None, "detection": None, "generator": None, "margin": 0.1},
+        **{"teacher": "minilm", "acceptance": None, "clusters": 500, "cluster_steps": None},
+        **{"focal_weight": None, "mixing": None},
+    }
+    rewrite(folder / "half/run.json", **old)
+    assert load_runs(folder)["name"].tolist()[-1] == "InfoNCE + AdapACSE (margin=0.1)"
 
 
 def test_scores_are_those_of_the_kept_model_and_are_kept(folder):
@@ -102,20 +137,20 @@ def test_gains_are_paired_over_common_seeds():
         {
             "settings": "",
             "task": "A",
-            "objective": ["info_nce"] * 3 + ["focal_info_nce"] * 3 + ["positive"],
+            "name": ["InfoNCE"] * 3 + ["Focal-InfoNCE"] * 3 + [HALF],
             "seed": [0, 1, 2, 1, 2, 3, 0],
             "score": [10.0, 20.0, 31.0, 21.0, 33.0, 99.0, 12.0],
         }
     )
-    summary = over_seeds(table).set_index("objective")
-    gain = summary.loc["focal_info_nce", "gain"]
+    summary = over_seeds(table).set_index("name")
+    gain = summary.loc["Focal-InfoNCE", "gain"]
     assert gain == compare_seeds([20.0, 31.0], [21.0, 33.0])
     assert (gain.n, gain.difference) == (2, 1.5)
-    assert summary.loc["info_nce", "gain"] is None
-    assert summary.loc["positive", "gain"] is None
-    assert np.isnan(summary.loc["positive", "low"])
+    assert summary.loc["InfoNCE", "gain"] is None
+    assert summary.loc[HALF, "gain"] is None
+    assert np.isnan(summary.loc[HALF, "low"])
     assert summary["seeds"].tolist() == [3, 3, 1]
-    assert summary.loc["info_nce", "mean"] == pytest.approx(61 / 3)
+    assert summary.loc["InfoNCE", "mean"] == pytest.approx(61 / 3)
 
 
 def test_settings_are_never_mixed():
@@ -123,7 +158,7 @@ def test_settings_are_never_mixed():
         {
             "settings": ["a", "a", "b", "b"],
             "task": "A",
-            "objective": ["info_nce", "info_nce", "focal_info_nce", "focal_info_nce"],
+            "name": ["InfoNCE", "InfoNCE", "Focal-InfoNCE", "Focal-InfoNCE"],
             "seed": [0, 1, 0, 1],
             "score": [1.0, 2.0, 3.0, 4.0],
         }
@@ -132,12 +167,12 @@ def test_settings_are_never_mixed():
 
 
 def test_published_scores_against_seed_noise(tmp_path):
-    points = beside_published().set_index(["backbone", "objective"])
+    points = beside_published().set_index(["backbone", "name"])
     assert len(points) == 8
     noise = published.SIMCSE_50_SEEDS["roberta-base"]
     expected = (77.58 - noise["mean"]) / noise["sd"]
-    assert points.loc[("roberta-base", "focal_info_nce"), "z"] == pytest.approx(expected)
-    mine = {"objective": "info_nce", "task": "avg", "score": noise["mean"] - noise["sd"]}
+    assert points.loc[("roberta-base", "Focal-InfoNCE"), "z"] == pytest.approx(expected)
+    mine = {"name": "InfoNCE", "task": "avg", "score": noise["mean"] - noise["sd"]}
     rows = [
         {"folder": tmp_path / "a", "encoder": "/models/roberta-base", **mine},
         {"folder": tmp_path / "b", "encoder": "minilm", **mine},
