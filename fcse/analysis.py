@@ -264,7 +264,7 @@ def false_negative_share(sim: Tensor, labels: Sequence[str], objective: Any) -> 
     """Share of the absolute pull on all negatives that `likely_false_negatives` get: 0 to 1."""
     found = likely_false_negatives(sim, labels)
     pull = losses.gradient_weights(sim, objective).fill_diagonal_(0).abs()
-    i, j = found["i"].to_numpy(), found["j"].to_numpy()
+    i, j = found["i"].tolist(), found["j"].tolist()
     return float((pull[i, j].sum() + pull[j, i].sum()) / pull.sum())
 
 

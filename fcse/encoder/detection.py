@@ -302,3 +302,27 @@ class Detection(nn.Module):
                 by_row[row] = line[1 : len(token_ids[row])]
         flat = torch.cat([by_row[row] for row in range(len(token_ids))])
         return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def practise(
+    detection: Detection,
+    sentence_embedding: Tensor,
+    token_ids: Sequence[Sequence[int]],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Train a discriminator alone, on embeddings that stay as they are; it ends in evaluation mode.
+
+    Args:
+        detection: what is trained.
+        sentence_embedding, token_ids: as in `Detection.forward`.
+        steps: of AdamW, >= 1.
+        learning_rate: constant, > 0.
+    """
+    optimizer = torch.optim.AdamW(detection.parameters(), learning_rate)
+    detection.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        detection(sentence_embedding.detach(), token_ids)[0].backward()
+        optimizer.step()
+    detection.eval()

@@ -223,32 +223,35 @@ def written(table: pd.DataFrame) -> pd.Series:
     return pd.Series(texts, table.index)
 
 
-def verdicts(gains: pd.DataFrame, hypotheses: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
-    """Each hypothesis kept or dropped: kept where a difference is above 0 on every corpus.
-
-    Above 0 means p < 0.05 after Holm's correction.
+def shown(gains: pd.DataFrame, baseline: str, loss: str, sign: int = 1) -> pd.Series:
+    """On which corpora a loss lies above its baseline: p < 0.05 after Holm's correction.
 
     Args:
         gains: `contrasts` of one score.
-        hypotheses: what is claimed -> (baseline, loss) by name.
+        baseline, loss: by name.
+        sign: -1 asks whether it lies below.
 
     Returns:
-        One row a hypothesis: "hypothesis", "verdict" (kept or dropped), "differences" (as text, in
-        the order of the corpora), "shown_on" (the corpora on which it is, as text).
+        bool, indexed by corpus.
     """
-    rows = []
-    for hypothesis, (baseline, loss) in hypotheses.items():
-        found = gains[(gains["baseline"] == baseline) & (gains["name"] == loss)]
-        shown = (found["difference"] > 0) & (found["p_holm"] < 0.05)
-        rows.append(
-            {
-                "hypothesis": hypothesis,
-                "verdict": "kept" if len(found) and shown.all() else "dropped",
-                "differences": " and ".join(f"{x:+.2f}" for x in found["difference"]),
-                "shown_on": ", ".join(found["corpus"][shown]) or "none",
-            }
-        )
-    return pd.DataFrame(rows)
+    found = gains[(gains["baseline"] == baseline) & (gains["name"] == loss)].set_index("corpus")
+    return (sign * found["difference"] > 0) & (found["p_holm"] < 0.05)
+
+
+def verdicts(hypotheses: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """Hypotheses kept or dropped: kept where one holds everywhere it was looked at.
+
+    Args:
+        hypotheses: what is claimed -> bool, indexed by where: a corpus, a step, a setting.
+
+    Returns:
+        One row each: "hypothesis", "verdict" (kept or dropped), "holds_at" (as text).
+    """
+    rows = [
+        (said, "kept" if len(x) and x.all() else "dropped", ", ".join(map(str, x.index[x])) or "-")
+        for said, x in hypotheses.items()
+    ]
+    return pd.DataFrame(rows, columns=["hypothesis", "verdict", "holds_at"])
 
 
 def means(
