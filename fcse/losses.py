@@ -29,16 +29,7 @@ class Turn(Protocol):
     """What similarities become before the objective sees them."""
 
     def __call__(self, sim: Tensor, positives: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Turn a block of rows.
-
-        Args:
-            sim: (n, M) float.
-            positives: (n, M) bool.
-            first: the number of the block's first row.
-
-        Returns:
-            The similarities that the objective sees and their slopes d new / d old, (n, M) each.
-        """
+        """Rows (n, M) of a matrix, from row `first` on -> (n, M) new ones, and d new / d old."""
         ...
 
 
@@ -47,12 +38,12 @@ class Columns:
     """What is known of the columns that anchors are compared with, beside their vectors.
 
     Attributes:
-        sentence_ids: (M,) int64, on the device of the similarities: column j holds sentence
-            sentence_ids[j], and row i is sentence_ids[i]. A negative that is its anchor's own
-            sentence is a false one: its logit is -inf, so that it has no part in the softmax and
-            gets no pull. None: no sentence occurs twice. Or (G, M) int64, G numberings of the
-            columns: a negative that agrees with its anchor in any of them is left out, which
-            eliminates pairs by a label as well; a column without label has a number of its own.
+        sentence_ids: (M,) int64, on the device of the similarities: which sentence a column holds;
+            row i is that of column i. A negative that is its anchor's own sentence is a false one:
+            its logit is -inf, so that it has no part in the softmax and gets no pull. None: no
+            sentence occurs twice. Or (G, M) int64, G numberings: a negative that agrees with its
+            anchor in any of them is left out, which eliminates pairs by a label as well; a column
+            without label has a number of its own.
         turns: what the similarities become before the objective sees them, one after the other.
         first: where a matrix is a block of rows of a larger one, the number of its first row: row
             i is anchor first + i, and its positive is in column first + i.
@@ -67,10 +58,8 @@ class Columns:
 class Own:
     """Vectors that count in one row alone.
 
-    Attributes:
-        negative: (N, D) float, one more column for each row, behind those of all.
-        negative_ids: (N,) or (G, N) int64, as in `Columns`: which sentence it is.
-        positive: (N, D) float, what stands in the place of v_i.
+    negative: (N, D) float, one more column for each row, behind those of all. negative_ids: (N,) or
+    (G, N) int64, its sentence, as in `Columns`. positive: (N, D) float, in the place of v_i.
     """
 
     negative: Tensor | None = None
@@ -107,14 +96,10 @@ def _unit_views(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
-    """Cosine similarity of every row of u with every row of v.
+    """Cosine similarity of every row of u, (N, D) float, with every row of v, (M, D) float.
 
-    Args:
-        u: (N, D) float, the anchors.
-        v: (M, D) float, the candidates. A zero vector has similarity 0 with everything.
-
-    Returns:
-        (N, M) float32 (float64 for float64 inputs), values in [-1, 1] up to rounding.
+    (N, M) float32 (float64 for float64 inputs), in [-1, 1] up to rounding. A zero vector has
+    similarity 0 with everything.
     """
     # Autocast would take the product down to half precision again.
     with torch.autocast(u.device.type, enabled=False):
@@ -129,11 +114,7 @@ def _positives(sim: Tensor, first: int) -> Tensor:
 
 
 def repeats(sentence_ids: Tensor, rows: int, first: int = 0) -> Tensor:
-    """The false negatives of rows `first` and on: (rows, M) bool, see `Columns`.
-
-    Raises:
-        ValueError: the numbers have another shape.
-    """
+    """The false negatives of rows `first` and on: (rows, M) bool, see `Columns`."""
     if sentence_ids.ndim not in (1, 2) or sentence_ids.shape[-1] < first + rows:
         raise ValueError(
             "sentence_ids must be (M,) or (G, M), a number for each column, "
@@ -225,15 +206,12 @@ def _pulls(rows: _Rows, first: int, objective: Any) -> Tensor:
 
 
 def logits(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Tensor:
-    """The logits that the softmax of a row sees.
+    """The logits that the softmax of a row sees: (N, M) float32 (float64 for float64 input).
 
     Args:
         sim: (N, M) float, cosine similarities, positives on the diagonal.
         objective: a value or a name.
         columns: what is known of the columns.
-
-    Returns:
-        (N, M) float32 (float64 for float64 input).
 
     Raises:
         ValueError: a tensor has another shape.
@@ -243,13 +221,10 @@ def logits(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Ten
 
 
 def loss(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Tensor:
-    """The loss of a batch: cross-entropy of the logits with the diagonal as target, mean over rows.
+    """The loss of a batch, (): cross-entropy of the logits with the diagonal, mean over rows.
 
     Where the objective has a row weight w, a row's loss is -w(log p) log p in place of -log p, p
-    the softmax of its positive. Arguments and errors as in `logits`.
-
-    Returns:
-        () float32 (float64 for float64 input).
+    the softmax of its positive. Arguments, dtypes and errors as in `logits`.
     """
     objective = named(objective)
     return _value(_rows(sim, objective, columns).logits, columns.first, objective)
@@ -263,11 +238,9 @@ def gradient_weights(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLA
     a negative one raises it: a modulated negative with s < -m/2 is drawn *towards* the anchor. A
     repeated sentence has p = 0, hence weight 0. A turn s' puts s' for s and a factor ds'/ds; a row
     weight multiplies row i by d(w(l) l)/dl at l = log p_ii. Where the objective has no slopes,
-    autograd takes them from its logits. Arguments and errors as in `logits`.
+    autograd takes them from its logits. Arguments, dtypes and errors as in `logits`.
 
-    Returns:
-        (N, M) float32 (float64 for float64 input), equal to autograd of the loss; the mean over
-        rows puts a factor 1/N on each entry.
+    (N, M), equal to autograd of the loss: the mean over rows puts a factor 1/N on each entry.
     """
     objective = named(objective)
     closed = hasattr(objective, "slopes")
@@ -376,17 +349,11 @@ def chunked_loss(
         u: (N, D) float, the anchors.
         v: (M, D) float, M >= N: v_i is the other view of u_i, rows from N on are further
             negatives.
-        objective: a value or a name.
-        columns: what is known of the rows of v; `first` is not read.
+        objective, columns: as in `logits`; `first` is not read.
         own: vectors that count in one row alone.
         chunk_size: rows at a time, >= 1; None takes `CHUNK_ENTRIES` / M.
 
-    Returns:
-        () float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: a tensor has another shape.
-        InputError: no such objective, or logits of another shape.
+    Dtypes and errors as in `logits`.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -401,32 +368,40 @@ def chunked_loss(
         return _LossInChunks.apply(u, v, *vectors, own.negative_ids, plan)
 
 
-def require_independent_rows(objective: Any) -> None:
-    """Raise InputError where a row of an objective's logits depends on another row.
+def require_sound(objective: Any) -> None:
+    """Raise InputError where a row of an objective's logits depends on another row, or slopes lie.
 
     Such a loss would change with the rows computed at a time. A made matrix is given as a whole and
-    row by row, and logits and their slopes compared.
+    row by row, and the logits and their gradients compared; slopes are compared with autograd's.
     """
     generator = torch.Generator().manual_seed(0)
     sim = 2 * torch.rand(6, 9, dtype=torch.float64, generator=generator) - 1
     weights = torch.rand(6, 9, dtype=torch.float64, generator=generator)
     whole, single = sim.clone().requires_grad_(), sim.clone().requires_grad_()
     positives = _positives(sim, 0)
+
+    def differ(a: Tensor, b: Tensor) -> bool:
+        return not torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
+
     with torch.enable_grad():
         together = objective.logits(whole, positives)
-        apart = [objective.logits(single[i : i + 1], positives[i : i + 1]) for i in range(6)]
-        if together.shape == sim.shape and all(x.shape == (1, 9) for x in apart):
-            pairs = [(together, torch.cat(apart))]
-            if together.requires_grad:
-                pairs.append(
-                    tuple(
-                        torch.autograd.grad((weights * z).sum(), s)[0]
-                        for z, s in ((together, whole), (pairs[0][1], single))
-                    )
-                )
-            if all(torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True) for a, b in pairs):
-                return
-    raise InputError(
-        f"rows depend on each other in {name(objective)}: the logits of a row must come from that "
-        "row of sim and positives alone, and be as many as its similarities"
-    )
+        rows = [objective.logits(single[i : i + 1], positives[i : i + 1]) for i in range(6)]
+        sound = together.shape == sim.shape and all(row.shape == (1, 9) for row in rows)
+        if sound:
+            apart = torch.cat(rows)
+            pulls = [
+                torch.autograd.grad((weights * z).sum(), s)[0] if z.requires_grad else 0 * sim
+                for z, s in ((together, whole), (apart, single))
+            ]
+            sound = not differ(together, apart) and not differ(*pulls)
+    if not sound:
+        raise InputError(
+            f"rows depend on each other in {name(objective)}: the logits of a row must come from "
+            "that row of sim and positives alone, and be as many as its similarities"
+        )
+    if hasattr(objective, "slopes") and differ(
+        weights * objective.slopes(sim, positives), pulls[0]
+    ):
+        raise InputError(
+            f"the slopes of {name(objective)} are not those of its logits: mend or drop them"
+        )

@@ -22,6 +22,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,24 +45,19 @@ def require(what: str, value: float, least: float = 0, below: float = math.inf) 
         raise InputError(f"{what} must be a finite number of at least {least:g}{most}, got {value}")
 
 
-def _require_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature must be a finite number above 0, got {temperature}")
-
-
 @dataclass(frozen=True)
 class InfoNCE:
     """s / tau for every similarity s (SimCSE: Gao et al. 2021, equation 4).
 
-    Raises:
-        InputError: temperature is out of its range.
+    As with the others, a parameter out of its range raises InputError.
     """
 
     temperature: float = 0.05
     """tau > 0, the divisor of the logits."""
 
     def __post_init__(self) -> None:
-        _require_temperature(self.temperature)
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature must be a finite number above 0, got {self.temperature}")
 
     def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
         """The logits, (N, M)."""
@@ -73,18 +69,13 @@ class InfoNCE:
 
 
 @dataclass(frozen=True)
-class FocalInfoNCE:
+class FocalInfoNCE(InfoNCE):
     """s * s / tau for a positive, s * (s + m) / tau for a negative (Hou & Li 2023, section 3).
 
     The slopes are 2 s / tau and (2 s + m) / tau: a negative with s < -m/2 is drawn towards its
     anchor, so that it comes to rest at s = -m/2.
-
-    Raises:
-        InputError: a parameter is out of its range.
     """
 
-    temperature: float = 0.05
-    """tau > 0, the divisor of the logits."""
     m: float = 0.3
     """Shift of the negatives' modulation s * (s + m)."""
     modulate: Modulate = "both"
@@ -96,7 +87,7 @@ class FocalInfoNCE:
     label: ClassVar[str] = "Focal-InfoNCE"
 
     def __post_init__(self) -> None:
-        _require_temperature(self.temperature)
+        super().__post_init__()
         if not math.isfinite(self.m):
             raise InputError(f"m must be a finite number, got {self.m}")
         if self.modulate not in get_args(Modulate):
@@ -127,34 +118,25 @@ class FocalInfoNCE:
 
 
 @dataclass(frozen=True)
-class HardnessInfoNCE:
+class HardnessInfoNCE(InfoNCE):
     """s / tau, and alpha * s as a constant on each negative (Lan et al. 2025, equation 5).
 
     arXiv 2503.04812; sentence-transformers has it as `hardness_mode="in_batch_negatives"`. The
     softmax moves towards hard negatives, and the slope of every logit stays 1 / tau.
-
-    Raises:
-        InputError: a parameter is out of its range.
     """
 
-    temperature: float = 0.05
-    """tau > 0, the divisor of the logits."""
     alpha: float = 9.0
     """Hardness weight >= 0; 9 in the paper, 0 gives InfoNCE."""
 
     label: ClassVar[str] = "Hardness-InfoNCE"
 
     def __post_init__(self) -> None:
-        _require_temperature(self.temperature)
+        super().__post_init__()
         require("alpha", self.alpha)
 
     def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
         """The logits, (N, M)."""
         return sim / self.temperature + self.alpha * sim.detach().masked_fill(positives, 0)
-
-    def slopes(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
-        """1 / tau everywhere, (N, M)."""
-        return sim.new_ones(sim.shape) / self.temperature
 
     def canonical(self) -> "InfoNCE | HardnessInfoNCE":
         """The same loss written in one way."""
@@ -163,28 +145,24 @@ class HardnessInfoNCE:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run's record says of a class that is not at hand: it prints, and cannot be computed.
+    """A reader's objective or method as a run's record has it: it prints, and cannot be computed.
 
-    Reports show runs of readers' own objectives by it; no code comes from a run's folder.
+    No code comes from a run's folder. key: of the class; printed: its name with its parameters;
+    parameters: all that the record holds of it.
     """
 
     key: str
-    """What the class is called in the record."""
     printed: str
-    """Its name with its parameters, as it was printed."""
     parameters: tuple[tuple[str, Any], ...]
-    """What the record holds of it."""
 
     on: ClassVar[bool] = True
     by_matrix: ClassVar[bool] = False
 
-    def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
+    def logits(self, *_: Any) -> None:
         """Raise InputError: the class is not at hand."""
         raise InputError(f"{self.printed} is known by its record only: define it again to use it")
 
-    def begin(self, start: Any) -> None:
-        """Raise InputError: the class is not at hand."""
-        self.logits(None, None)
+    begin = logits
 
     def check(self, config: Any) -> None:
         """A finished run has been checked."""
@@ -213,16 +191,11 @@ VARIANTS = (
 
 
 def named(objective: Any) -> Any:
-    """An objective by its name, with its defaults; a value as it is.
-
-    Raises:
-        InputError: no objective of that name, or a value that is none.
-    """
+    """An objective by its name, at its defaults; a value as it is; InputError for what is none."""
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
-            raise InputError(
-                f"unknown objective {objective!r}: choose from {', '.join(OBJECTIVES)}"
-            )
+            choices = ", ".join(OBJECTIVES)
+            raise InputError(f"unknown objective {objective!r}: choose from {choices}")
         return OBJECTIVES[objective]()
     if not is_dataclass(objective) or isinstance(objective, type):
         raise InputError(
@@ -252,17 +225,21 @@ def _plain(hint: Any, value: Any) -> Any:
     return float(value) if hint in (float, "float") and type(value) is int else value
 
 
+def snake(name: str) -> str:
+    """The name of a class in small letters with underscores."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
 def key(value: Any) -> str:
     """What the command line, TOML and run folders call an objective or a method.
 
     Its own `key` where it has one, else the kit's name for it, else its class in snake case.
     """
-    kind = type(value)
     if hasattr(value, "key"):
         return value.key
-    known = next((name for name, each in OBJECTIVES.items() if each is kind), None)
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
-    return known or (f"own_{snake}" if snake in OBJECTIVES else snake)
+    known = next((name for name, kind in OBJECTIVES.items() if kind is type(value)), None)
+    own = snake(type(value).__name__)
+    return known or (f"own_{own}" if own in OBJECTIVES else own)
 
 
 def name(value: Any) -> str:
@@ -315,15 +292,12 @@ def _steps(of: CodeType) -> Iterator[Any]:
 
 
 def documented(kind: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, as far as its source can be read."""
-    try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    except (OSError, TypeError):
-        return {}
-    return {
-        above.target.id: " ".join(ast.literal_eval(below.value).split())
-        for above, below in pairwise(definition.body)
-        if isinstance(above, ast.AnnAssign)
-        and isinstance(below, ast.Expr)
-        and isinstance(below.value, ast.Constant)
-    }
+    """The docstring below each field of a dataclass, its bases' too, as far as sources are read."""
+    found: dict[str, str] = {}
+    for each in kind.__mro__[-2::-1]:
+        with suppress(OSError, TypeError):  # defined where there is no source
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+            for above, below in pairwise(definition.body):
+                if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    found[above.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return found

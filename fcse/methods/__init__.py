@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fcse.errors import InputError
-from fcse.objectives import key
+from fcse.objectives import snake
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,11 +43,8 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Brought:
-    """What a method adds to a batch of B sentences: B each, or nothing.
-
-    second: token ids for the second view of each sentence, where it is to have others. further: a
-    sentence more for each of them, which is embedded once, see `Comparison.brought`.
-    """
+    """What a method adds to a batch of B sentences, B each: other token ids for their second views;
+    a further sentence, which is embedded once, see `Comparison.brought`."""
 
     second: Sequence[Sequence[int]] | None = None
     further: Sentences | None = None
@@ -82,21 +79,19 @@ class Batch:
 class Comparison:
     """This process' n anchors and the M columns of all processes that they are compared with.
 
+    What comes in the order of sentences has this process' own first.
+
     Attributes:
         batch: of all processes.
         token_ids: of the n sentences.
         u: (n, D) float, the anchors.
-        v: (M, D) float; the first n are their other views.
-        of: (M,) int64, the place in `batch.sentences` of the sentence that a column is a vector of,
-            -1 for none.
+        v: (M, D) float, the columns; the first n are the anchors' other views.
+        of: (M,) int64, the place in `batch.sentences` of a column's sentence, -1 for none.
         ids: (M,) int64, as in `Batch`.
-        always: (M,) bool: columns that count for every row, whatever sentence they are of.
-        lower: (B, 2 * layers, D) float, both views' vectors of the layers below the last that a
-            method asked for, own sentences first; else None.
-        brought: key of a method -> (B, D) float, the vectors of the sentences it brought, those for
-            the own sentences first.
-        own, own_of: vectors that count in one row alone, and (n,) int64 the sentence of its
-            negative, as in `of`.
+        always: (M,) bool: columns that count in every row, whatever sentence they are of.
+        lower: (B, 2 * layers, D) float, both views' vectors of the lower layers asked for.
+        brought: key of a method -> (B, D) float, the vectors of the sentences it brought.
+        own, own_of: vectors that count in one row alone; (n,) int64 the sentence of its negative.
     """
 
     batch: Batch
@@ -118,13 +113,10 @@ class Comparison:
         ids: "Tensor | None" = None,
         always: bool = False,
     ) -> "Comparison":
-        """The same with further columns, which count as negatives in every row.
+        """The same with K further columns, negatives in every row: (K, D), equal in all processes.
 
-        Args:
-            vectors: (K, D) float, the same in all processes.
-            of: (K,) int64, see there; None: of no sentence of the batch.
-            ids: (K,) int64 where `of` does not say them; None: each has its own.
-            always: none of them is left out.
+        of, ids: (K,) each, as in the class; where neither is given, or with `always`, none is left
+        out as a false negative.
         """
         import torch
 
@@ -134,47 +126,36 @@ class Comparison:
             ids = -1 - len(self.batch.ids) - len(self.v) - torch.arange(count, device=device)
             ids = ids if of is None or always else self.batch.ids.to(device)[of]
         of = torch.full((count,), -1, device=device) if of is None else of
-        always = torch.full((count,), always, device=device)
         return replace(
             self,
             v=torch.cat([self.v, vectors]),
             of=torch.cat([self.of, of]),
             ids=torch.cat([self.ids, ids.to(device)]),
-            always=torch.cat([self.always, always]),
+            always=torch.cat([self.always, torch.full((count,), always, device=device)]),
         )
 
     def place(self, method: str | None = None) -> "Tensor":
-        """Places of the B sentences in `batch.sentences`, or of what a method brought with them.
-
-        (B,) int64, own sentences first: the `of` of columns in that order.
-        """
-        first = self.batch.places[method] if method else 0
-        return self.of[: self.batch.size] + first
+        """`of` for the B sentences, (B,) int64, or for what a method brought with them."""
+        return self.of[: self.batch.size] + (self.batch.places[method] if method else 0)
 
     def numbers(self, of: "Tensor | None" = None) -> "Tensor | None":
-        """The numberings of the columns by which false negatives are told, see `losses.Columns`.
+        """The numberings by which false negatives are told, see `losses.Columns`.
 
-        Args:
-            of: places in `batch.sentences`; else the columns are numbered.
-
-        Returns:
-            (G, M) int64, or (G, len(of)); None where no two columns can agree.
+        Of the columns, (G, M) int64, or of some sentences by their places, (G, len(of)); None where
+        no two columns can agree.
         """
         import torch
 
         device = self.v.device
-        groups = [] if _distinct(self.ids) else [self.ids]
+        repeated = len(self.ids.unique()) < len(self.ids)
         labels = [x.to(device) for x in self.batch.labels]
         if of is not None:
-            groups = [self.batch.ids.to(device)[of] for _ in groups]
-            return torch.stack(groups + [x[of] for x in labels]) if groups or labels else None
-        apart = -1 - len(self.batch.ids) - torch.arange(len(self.v), device=device)
-        groups += [torch.where(self.always | (self.of < 0), apart, x[self.of]) for x in labels]
+            groups = [self.batch.ids.to(device)[of]] * repeated + [x[of] for x in labels]
+        else:
+            apart = -1 - len(self.batch.ids) - torch.arange(len(self.v), device=device)
+            alone = self.always | (self.of < 0)
+            groups = [self.ids] * repeated + [torch.where(alone, apart, x[self.of]) for x in labels]
         return torch.stack(groups) if groups else None
-
-
-def _distinct(ids: "Tensor") -> bool:
-    return len(ids.unique()) == len(ids)
 
 
 Loss = Callable[[Comparison], "Tensor"]
@@ -182,9 +163,9 @@ Loss = Callable[[Comparison], "Tensor"]
 
 
 class Moments:
-    """When a method acts in a run. Each moment does nothing unless a method says otherwise.
+    """When a method acts in a run; each moment does nothing unless a method says otherwise.
 
-    Made by `Method.begin`, which is the moment before training.
+    `Method.begin` makes them, which is the moment before training.
 
     Attributes:
         layers: how many layers below the last both views are to bring along.
@@ -239,9 +220,8 @@ class Method:
     """The settings of a method: a frozen dataclass with its authors' values as defaults.
 
     Attributes:
-        key: what the command line, TOML and run folders call it.
+        key: what the command line, TOML and run folders call it: its file, else its class.
         label: what tables and figures print.
-        on: False where the settings change nothing; the method is then left out of a config.
     """
 
     key: ClassVar[str] = ""
@@ -249,16 +229,16 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         file = cls.__module__.removeprefix(f"{__name__}.")
-        cls.key = file if file != cls.__module__ else key(cls)
+        cls.key = file if file != cls.__module__ else snake(cls.__name__)
 
     @property
     def on(self) -> bool:
-        """Whether these settings change anything."""
+        """Whether these settings change anything; a config leaves out what is off."""
         return True
 
     @property
     def by_matrix(self) -> bool:
-        """Whether all it does is seen in a batch's similarity matrix, see `training.batches.seen`.
+        """Whether a batch's similarity matrix shows all it does, see `training.batches.seen`.
 
         That is: no more than `receive`, `turn` and `objective`, and nothing of the corpus.
         """
@@ -268,11 +248,7 @@ class Method:
         """Raise InputError where the rest of a config does not go with it, in one line."""
 
     def begin(self, start: Start) -> Moments:
-        """Prepare a run.
-
-        Raises:
-            InputError: the encoder or the corpus does not go with it, in one line.
-        """
+        """Prepare a run; raise InputError where encoder or corpus do not go with it."""
         raise NotImplementedError
 
     def files(self) -> tuple[str, ...]:
@@ -286,11 +262,7 @@ def names() -> list[str]:
 
 
 def method(named: str) -> type[Method]:
-    """The settings class of a method of the kit, by its key.
-
-    Raises:
-        InputError: no method of that name.
-    """
+    """The settings class of a method of the kit, by its key; InputError where there is none."""
     if named not in names():
         raise InputError(f"unknown method {named!r}: choose from {', '.join(names())}")
     members = vars(import_module(f"{__name__}.{named}")).values()

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fcse.data import cache_folder, versions
-from fcse.errors import InputError, first_line, writing
+from fcse.errors import InputError, first_line, replacing, writing
 from fcse.methods import Batch, Brought, Comparison, Loss, Method, Moments, Sentences, Start
 from fcse.objectives import require
 
@@ -63,12 +63,7 @@ class CARDS(Method):
         return self.neighbours > 0 or self.case_switch > 0
 
     def begin(self, start: Start) -> Moments:
-        """Search the corpus.
-
-        Raises:
-            InputError: case switching with an uncased vocabulary, or more neighbours than the
-                corpus has for each sentence.
-        """
+        """Search the corpus; InputError: an uncased vocabulary, or more neighbours than it has."""
         if self.case_switch:
             require_cased(start.encoder.tokenizer)
         nearest = None
@@ -93,25 +88,21 @@ class _Retrieval(Moments):
         return Brought(second, further)
 
     def loss(self, value: Loss, compared: Comparison) -> "Tensor":
-        if self.nearest is None:
-            return value(compared)
-        key = CARDS.key
-        return value(compared.more(compared.brought[key], compared.place(key)))
+        if self.nearest is not None:
+            compared = compared.more(compared.brought[CARDS.key], compared.place(CARDS.key))
+        return value(compared)
 
 
 def drawn(neighbours: np.ndarray, rows: np.ndarray, seed: int, step: int) -> np.ndarray:
     """One neighbour of each row of a batch, each of its k with equal probability.
 
-    Nothing is kept from step to step: a resumed run draws what it would have drawn. Processes that
-    share a batch draw for all of it and then take their part.
+    From seed and step alone, so that a resumed run draws what it would have drawn, and processes
+    that share a batch draw for all of it and then take their part.
 
     Args:
         neighbours: (n, k) integers, from `nearest`.
-        rows: (B,) integers below n, the batch of this step.
-        seed, step: >= 0, what the draw depends on.
-
-    Returns:
-        (B,) in the dtype of `neighbours`.
+        rows: (B,) integers below n.
+        seed, step: >= 0.
     """
     # The 1 keeps this stream apart from that of `switched`.
     columns = np.random.default_rng((1, seed, step)).integers(neighbours.shape[1], size=len(rows))
@@ -137,10 +128,9 @@ def _nearest(encoder: Any, corpus: Any, k: int) -> np.ndarray:
             raise InputError(f"{path} cannot be read ({first_line(error)}): delete it") from None
     neighbours = nearest(corpus.embed(encoder), k, corpus.ids(), encoder.device)
     if world.is_main_process:
-        with writing(path.parent, "name another folder with XDG_CACHE_HOME, or make room"):
-            partial = path.with_suffix(".partial.npy")
-            np.save(partial, neighbours)
-            partial.rename(path)
+        way_out = "name another folder with XDG_CACHE_HOME, or make room"
+        with writing(path.parent, way_out), replacing(path) as new, new.open("wb") as file:
+            np.save(file, neighbours)
     return neighbours
 
 
@@ -148,11 +138,7 @@ _FIRST_CHARACTER = re.compile(r"(?<!\S)\S")
 
 
 def require_cased(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Make sure that case switching changes tokens, by tokenising a word both ways.
-
-    Raises:
-        InputError: "Word" and "word" have the same token ids.
-    """
+    """Raise InputError where case switching changes no tokens: "Word" and "word" have the same."""
     capital, small = tokenizer(["Word", "word"])["input_ids"]
     if capital == small:
         raise InputError(
@@ -162,19 +148,7 @@ def require_cased(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def switched(sentences: Sequence[str], share: float, seed: int, step: int) -> list[str]:
-    """The second view's sentences of a batch, see `switch_case`.
-
-    Nothing is kept from step to step, as in `drawn`: the same batch, seed and step give
-    the same sentences; processes that share a batch switch all of it and then take their part.
-
-    Args:
-        sentences: the batch of this step.
-        share: 0 to 1, the probability of a word.
-        seed, step: >= 0, what the draw depends on.
-
-    Raises:
-        InputError: share is out of its range.
-    """
+    """The second view's sentences of a batch: `switch_case`, from seed and step alone."""
     # The 2 keeps this stream apart from that of `drawn`.
     generator = np.random.default_rng((2, seed, step))
     return [switch_case(sentence, share, generator) for sentence in sentences]
@@ -183,14 +157,8 @@ def switched(sentences: Sequence[str], share: float, seed: int, step: int) -> li
 def switch_case(sentence: str, share: float, generator: np.random.Generator) -> str:
     """The sentence with the first letter of random words in the other case.
 
-    Args:
-        sentence: any text; words are what white space parts.
-        share: 0 to 1, the probability of each word that begins with a letter to be switched. 0
-            gives the sentence itself.
-        generator: where the draws come from, one a word.
-
-    Raises:
-        InputError: share is out of its range.
+    Words are what white space parts; `share`, 0 to 1, is the probability of each that begins with a
+    letter; there is one draw a word. Raises InputError where share is out of its range.
     """
     if not 0 <= share <= 1:
         raise InputError(

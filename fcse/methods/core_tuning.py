@@ -123,10 +123,9 @@ class FocalWeight:
 
 
 def draws(seed: int, step: int, size: int) -> "tuple[Tensor, Tensor, Tensor]":
-    """The shares lam and lam' of a step's rows, from Beta(1, 1), and a random negative of each.
+    """The shares lam and lam' of a step's rows, and a random negative of each; (size,) each.
 
-    They depend on seed and step alone. Returns (size,) float32 twice, and (size,) int64: columns,
-    never a row's own.
+    Float32 from Beta(1, 1), and int64 columns, never a row's own; from seed and step alone.
     """
     import torch
 
@@ -152,17 +151,16 @@ def mixed_pairs(
     Args:
         u: (N, D) float, the anchors.
         v: (M, D) float, M >= N, as in `losses.chunked_loss`.
-        positive_weight: (N,) float or one number, in [0, 1]: the share lam of v_i. 1 mixes nothing
-            in.
-        negative_weight: (N,) float or one number, in [0, 1]: the share lam' of v_k; below
+        positive_weight: (N,) or one number, in [0, 1]: the share lam of v_i; 1 mixes nothing in.
+        negative_weight: (N,) or one number, in [0, 1]: the share lam' of v_k; below
             `MIN_NEGATIVE_WEIGHT` it is raised to it. None: no harder negative.
         negative_columns: (N,) int64, the column k of each anchor.
         sentence_ids: (M,) or (G, M) int64, as in `losses.Columns`: a false negative is never the
             hardest. An anchor without any true negative keeps v_i.
 
     Returns:
-        (N, D) float32 (float64 for float64 inputs) unit vectors, the positives; the same, or None,
-        the negatives.
+        Unit vectors, (N, D) float32 (float64 for float64 inputs): the positives, and the negatives
+        or None.
 
     Raises:
         ValueError: a tensor has another shape, or a negative weight has no columns.

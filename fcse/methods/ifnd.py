@@ -106,16 +106,7 @@ _CHUNK_ROWS = 4096
 
 
 def accepted(step: int, steps: int, acceptance: float) -> float:
-    """The share of labels to keep at a step: linear from 0 before training to `acceptance`.
-
-    Args:
-        step: 0 to `steps`.
-        steps: of the whole run, >= 1.
-        acceptance: 0 to 1, the share at the end.
-
-    Raises:
-        InputError: acceptance is out of its range.
-    """
+    """The share of labels to keep at a step of a run: linear from 0 at step 0 to `acceptance`."""
     _check_share("acceptance", acceptance)
     return acceptance * step / steps
 
@@ -137,8 +128,7 @@ def pseudo_labels(
         seed: of the clustering, 0 to 2**32 - 1.
 
     Returns:
-        (n,) int64, 0 to clusters - 1, or -1: not kept. floor(share * n) labels are kept. A -1
-        stands for no cluster, so that two sentences with -1 have nothing in common.
+        (n,) int64, 0 to clusters - 1, or -1 for no cluster. floor(share * n) labels are kept.
 
     Raises:
         InputError: clusters or share is out of its range, or an embedding is not finite.

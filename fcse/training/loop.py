@@ -173,7 +173,7 @@ def _prepare(config: TrainConfig) -> _Run:
             f"{world.num_processes} processes"
         )
     precision = resolve_precision(config.precision, world.device)
-    losses.require_independent_rows(config.objective)
+    losses.require_sound(config.objective)
     _make_deterministic((config.seed + world.process_index) % 2**32, world.device)
     corpus_reader(config.corpus)  # refuses what is not there before an encoder is fetched
     encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
