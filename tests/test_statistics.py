@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from fcse import statistics
 from fcse.data import SentencePairs
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -11,7 +12,6 @@ from fcse.evaluation import aggregate_spearman, subset_scores
 from fcse.statistics import (
     compare,
     compare_seeds,
-    compare_similarities,
     compare_tasks,
     seeds_needed,
     summarise_seeds,
@@ -24,11 +24,23 @@ def gold():
     return np.random.default_rng(0).uniform(0, 5, 400)
 
 
+@pytest.fixture
+def compare_similarities(monkeypatch):
+    """`compare` of encoders that are what they say of the pairs: (n,) floats each."""
+    monkeypatch.setattr(statistics, "pair_similarities", lambda encoder, tasks: [encoder])
+
+    def compared(a, b, gold, *others, **options):
+        texts = [""] * len(gold)
+        return compare(a, b, SentencePairs("T", texts, texts, gold, 5.0, texts), *others, **options)
+
+    return compared
+
+
 def noisy(gold, noise, seed):
     return gold + np.random.default_rng(seed).normal(scale=noise, size=len(gold))
 
 
-def test_a_clear_difference_is_seen(gold):
+def test_a_clear_difference_is_seen(gold, compare_similarities):
     result = compare_similarities(noisy(gold, 3, 1), noisy(gold, 1, 2), gold, resamples=500)
     assert 0 < result.low < result.difference < result.high
     assert result.p == pytest.approx(2 / 501)
@@ -37,7 +49,7 @@ def test_a_clear_difference_is_seen(gold):
     assert swapped.high < 0
 
 
-def test_no_difference_is_not_claimed(gold):
+def test_no_difference_is_not_claimed(gold, compare_similarities):
     found = [
         compare_similarities(noisy(gold, 2, 2 * i), noisy(gold, 2, 2 * i + 1), gold, 200).p < 0.05
         for i in range(20)
@@ -45,12 +57,12 @@ def test_no_difference_is_not_claimed(gold):
     assert sum(found) <= 4  # 1 expected; more than 4 of 20 has a chance of 0.3 %
 
 
-def test_an_encoder_against_itself(gold):
+def test_an_encoder_against_itself(gold, compare_similarities):
     same = compare_similarities(gold, gold, gold, resamples=100)
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
 
 
-def test_bootstrap_equals_a_plain_loop(gold):
+def test_bootstrap_equals_a_plain_loop(gold, compare_similarities):
     # Judgements of a few levels: ties are what a short cut for ranks would get wrong.
     gold = np.round(gold)
     a, b = noisy(gold, 3, 1).round(1), noisy(gold, 2, 2).round(1)
@@ -69,7 +81,7 @@ def test_bootstrap_equals_a_plain_loop(gold):
     assert result.high == pytest.approx(high, abs=0.1 * (high - low))
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_hold_the_truth_as_often_as_they_say(compare_similarities):
     # Pairs drawn from a population whose difference is known from a large sample.
     def population(n, seed):
         rng = np.random.default_rng(seed)
@@ -133,12 +145,12 @@ def test_seeds_without_number_are_refused(difference, sd):
 
 
 @pytest.mark.parametrize(("resamples", "confidence"), [(99, 0.95), (100, 0), (100, 1), (0, 0.5)])
-def test_bad_bootstraps_are_refused(gold, resamples, confidence):
+def test_bad_bootstraps_are_refused(gold, resamples, confidence, compare_similarities):
     with pytest.raises(InputError, match=r"resamples|confidence"):
         compare_similarities(gold, gold, gold, resamples, confidence)
 
 
-def test_the_interval_names_its_numbers(gold):
+def test_the_interval_names_its_numbers(gold, compare_similarities):
     text = str(compare_similarities(noisy(gold, 3, 1), noisy(gold, 1, 2), gold, resamples=200))
     assert "95 % interval" in text
     assert "n = 400" in text
