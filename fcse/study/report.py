@@ -10,7 +10,7 @@ import pandas as pd
 from fcse.config import PARAMETERS, TrainConfig, recorded
 from fcse.data import STS_TASKS, SentencePairs
 from fcse.encoder.sentence_encoder import SentenceEncoder
-from fcse.errors import InputError
+from fcse.errors import InputError, replacing
 from fcse.evaluation import judge_tasks
 from fcse.objectives import rank
 from fcse.statistics import compare_seeds, summarise_seeds
@@ -123,9 +123,8 @@ def judged(
                 encoder = SentenceEncoder.from_pretrained(encoder)
             scores = judge_tasks(encoder, missing)
             known |= {pairs.name: s for pairs, s in zip(missing, scores, strict=True)}
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(known, indent=1) + "\n")
-            partial.rename(path)
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(known, indent=1) + "\n")
     except json.JSONDecodeError:
         raise InputError(f"{path} is no valid JSON: delete it to score again") from None
     except OSError as error:

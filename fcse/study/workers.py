@@ -22,7 +22,7 @@ from fcse import processes
 from fcse.config import TrainConfig
 from fcse.data import SentencePairs, is_folder, load_lee, load_sts
 from fcse.encoder.sentence_encoder import SentenceEncoder
-from fcse.errors import InputError
+from fcse.errors import InputError, replacing
 from fcse.evaluation import judged_pairs, score
 from fcse.study.grid import SCORES, Grid, results
 from fcse.study.report import judged
@@ -195,9 +195,8 @@ def check_workers(workers: int | None) -> int:
 def _write_results(folder: Path) -> None:
     table = results(folder)
     if len(table):
-        partial = folder / "results.csv.partial"
-        table.to_csv(partial, index=False)
-        partial.rename(folder / "results.csv")
+        with replacing(folder / "results.csv") as path:
+            table.to_csv(path, index=False)
 
 
 def estimate(grid: Grid, runs: Sequence[TrainConfig]) -> tuple[float, str]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from fcse import processes
 from fcse.data import cache_folder, corpus_reader
 from fcse.encoder.sentence_encoder import SentenceEncoder
-from fcse.errors import InputError, writing
+from fcse.errors import InputError, replacing, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,15 +57,13 @@ class TokenizedCorpus:
         """Tokenise a corpus, or open what an earlier call made of the same sentences.
 
         The corpus is read once to hash it, and once more where it is tokenised. The file is named
-        by the sentences, the tokenizer's own content, `max_length` and the versions of fcse,
-        transformers and tokenizers; it is written beside and renamed once it is whole. Processes
-        that want the same file at the same time wait for the first one.
+        by all that decides its content; processes that want it at once wait for the first one.
 
         Args:
             name_or_path: a corpus as `data.corpus_reader` takes it.
-            encoder: its `tokenize` and `tokenizer` are used.
+            encoder: whose tokenizer is used.
             max_length: tokens kept of each sentence.
-            cache: folder of the file, made where it is missing; `data.cache_folder` by default.
+            cache: folder of the file; `data.cache_folder` by default.
             least: sentences the corpus must have: one batch.
 
         Raises:
@@ -104,10 +102,7 @@ class TokenizedCorpus:
         return np.concatenate([token_hashes(self.batch(rows)[1]) for rows in self._chunks()])
 
     def embed(self, encoder: SentenceEncoder) -> np.ndarray:
-        """Unit-length embeddings of the whole corpus, (n, D) float16: 2 D bytes a sentence.
-
-        Every process encodes its share and gets them all.
-        """
+        """Unit-length embeddings of the whole corpus, (n, D) float16, the same in all processes."""
         embeddings = np.empty((len(self), encoder.dimension), dtype=np.float16)
         for rows in self._chunks():
             embeddings[rows] = processes.encode(encoder, self.batch(rows)[0])
@@ -118,14 +113,7 @@ class TokenizedCorpus:
             yield np.arange(start, min(start + _CHUNK_ROWS, len(self)))
 
     def batch(self, rows: np.ndarray) -> tuple[list[str], list[list[int]]]:
-        """The sentences and token ids of some rows.
-
-        Args:
-            rows: (B,) integers below `len(self)`, in any order, as of `row_batches`.
-
-        Returns:
-            B sentences, and B lists of token ids as `SentenceEncoder.tokenize` gives them.
-        """
+        """The sentences and the token ids of some rows, (B,) integers in any order."""
         batch = self.dataset[rows.tolist()]
         return batch["sentence"], batch["token_ids"]
 
@@ -141,21 +129,10 @@ def row_batches(
 ) -> Iterator[np.ndarray]:
     """Which rows of a corpus each step draws: shuffled anew for every pass over the corpus.
 
-    Rows that are left at the end of a pass, fewer than a batch, are dropped. Step s draws the same
-    rows whatever `steps` and `start` are. Takes 4 bytes of memory a row, 8 where a pass begins.
-
-    Args:
-        rows: sentences in the corpus, below 2**32.
-        batch_size: rows a step.
-        steps: where to stop.
-        seed: of the shuffling.
-        start: steps already done: the first batch is that of step `start`, counted from 0.
-
-    Yields:
-        (batch_size,) uint32, `steps - start` times.
-
-    Raises:
-        InputError: fewer rows than a batch.
+    Yields (batch_size,) uint32 for the steps from `start` on, counted from 0, up to `steps`. Rows
+    that are left at the end of a pass, fewer than a batch, are dropped. Step s draws the same rows
+    whatever `steps` and `start` are. Takes 4 bytes of memory a row (of fewer than 2**32), 8 where a
+    pass begins. InputError: fewer rows than a batch.
     """
     a_pass = rows // batch_size
     if not a_pass:
@@ -248,10 +225,9 @@ def _build(
     import pyarrow as pa
 
     schema = pa.schema({"sentence": pa.large_string(), "token_ids": pa.list_(pa.int32())})
-    partial = path.with_suffix(".partial")
     digest = hashlib.sha256()
     bar = tqdm(total=rows, desc="tokenizing", unit=" sentences", delay=2, leave=False)
-    try:
+    with replacing(path) as partial:
         with bar, partial.open("wb") as file, pa.ipc.new_stream(file, schema) as stream:
             for chunk in _chunks(read(), digest):
                 columns = {"sentence": chunk, "token_ids": encoder.tokenize(chunk, max_length)}
@@ -259,6 +235,3 @@ def _build(
                 bar.update(len(chunk))
         if digest.hexdigest() != sha256:
             raise InputError("the corpus changed while it was tokenised: run the command again")
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)

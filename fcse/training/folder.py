@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from fcse.config import recorded
 from fcse.encoder.card import write_card
 from fcse.encoder.sentence_encoder import SentenceEncoder
-from fcse.errors import InputError, writing
+from fcse.errors import InputError, replacing, writing
 
 _RECORD, _METRICS, _MODEL, _CHECKPOINTS = "run.json", "metrics.jsonl", "model", "checkpoints"
 _RESUME, _TENSORS, _FACTS = "resume", "state.safetensors", "state.json"
@@ -48,11 +48,7 @@ class RunFolder:
         self._lock = FileLock(path / _LOCK)
 
     def record(self) -> dict[str, Any] | None:
-        """What run.json holds once this very run has finished, else None.
-
-        Raises:
-            InputError: the folder holds another run, or something that is no run.
-        """
+        """What run.json holds once this very run has finished, else None; InputError: another."""
         try:
             if not self.path.exists():
                 return None
@@ -90,9 +86,6 @@ class RunFolder:
         """Make the folder this process' own, once another that trains the run has ended.
 
         So two notebooks that are run at once train what both show only once.
-
-        Raises:
-            InputError: it cannot be written.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -108,14 +101,7 @@ class RunFolder:
         self._lock.release()
 
     def start(self) -> State | None:
-        """Make the folder ready: cut back to its last whole state, or emptied where it has none.
-
-        Returns:
-            That state.
-
-        Raises:
-            InputError: it cannot be written.
-        """
+        """Cut the folder back to its last whole state, which it returns; else empty it."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             state = self.last_state()
@@ -141,21 +127,17 @@ class RunFolder:
 
     def keep(self, encoder: SentenceEncoder) -> None:
         """Make this encoder the run's model."""
-        partial = self.path / f"{_MODEL}.partial"
-        with self._writing():
-            encoder.save_pretrained(partial)
-            shutil.rmtree(self.model, ignore_errors=True)
-            partial.rename(self.model)
+        with self._writing(), replacing(self.model) as model:
+            encoder.save_pretrained(model)
 
     def keep_checkpoint(self, step: int, encoder: SentenceEncoder) -> None:
         """Keep the weights of a step beside the model, in half precision."""
         weights = {k: x.detach().cpu().half().contiguous() for k, x in encoder.state_dict().items()}
-        path = self.path / _CHECKPOINTS / f"{step}.safetensors"
-        partial = path.with_suffix(".partial")
+        folder = self.path / _CHECKPOINTS
         with self._writing():
-            path.parent.mkdir(exist_ok=True)
-            save_file(weights, partial)
-            partial.rename(path)
+            folder.mkdir(exist_ok=True)
+            with replacing(folder / f"{step}.safetensors") as path:
+                save_file(weights, path)
 
     def checkpoints(self) -> dict[int, Path]:
         """Step -> file of its weights, in the order of the steps."""
@@ -163,18 +145,14 @@ class RunFolder:
         return {int(path.stem): path for path in sorted(found, key=lambda path: int(path.stem))}
 
     def keep_state(self, state: State) -> None:
-        """Write what the run needs to go on, beside and then renamed; the last two are kept."""
+        """Write what the run needs to go on, whole or not at all; the last two are kept."""
         folder = self.path / _RESUME
-        partial = folder / "partial"
         metrics_bytes = (self.path / _METRICS).stat().st_size
-        with self._writing():
-            shutil.rmtree(partial, ignore_errors=True)
+        with self._writing(), replacing(folder / str(state.step)) as partial:
             partial.mkdir(parents=True)
             save_file(state.tensors, partial / _TENSORS)
             facts = json.dumps(state.facts | {"metrics_bytes": metrics_bytes})
             (partial / _FACTS).write_text(facts)
-            shutil.rmtree(folder / str(state.step), ignore_errors=True)  # a damaged one
-            partial.rename(folder / str(state.step))
         for step in self.states()[2:]:
             shutil.rmtree(folder / str(step), ignore_errors=True)
 
@@ -224,9 +202,8 @@ class RunFolder:
         return writing(f"run {self.path}", way_out)
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        partial = self.path / f"{_RECORD}.partial"
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.rename(self.path / _RECORD)
+        with replacing(self.path / _RECORD) as path:
+            path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _as_today(settings: dict[str, Any]) -> dict[str, Any]:
