@@ -110,10 +110,7 @@ class TrainConfig:
 
     @property
     def name(self) -> str:
-        """What tables and figures call the loss: the objective with its methods.
-
-        It is made of all that they hold, so that equal names mean equal losses.
-        """
+        """What tables and figures call the loss: of all that objective and methods hold."""
         return " + ".join(map(objectives.name, (self.objective, *self.methods)))
 
     @property
@@ -187,11 +184,7 @@ def _known(config: TrainConfig) -> str:
 
 
 def parse(text: str) -> tuple[Any, dict[str, methods.Method]]:
-    """The objective and the methods that a name such as focal_info_nce+sscl stands for.
-
-    Raises:
-        InputError: an unknown part, or two objectives.
-    """
+    """The objective and the methods that a name such as focal_info_nce+sscl stands for."""
     parts = text.split("+")
     for part in parts:
         if part not in OBJECTIVES and part not in methods.names():
@@ -263,14 +256,8 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def typed(said: str, kind: type, name: str, value: Any) -> Any:
     """A value as the field of a dataclass takes it: whole numbers become floats where meant.
 
-    Args:
-        said: what the user called it.
-        kind: the dataclass.
-        name: its field.
-        value: as TOML or a flag has it; None where the field takes None.
-
-    Raises:
-        InputError: no such field, or another type.
+    said: what the user called the field `name` of the dataclass `kind`. InputError: no such field,
+    or a value of another type.
     """
     every = get_type_hints(kind)
     hints = {f.name: every[f.name] for f in fields(kind) if f.name != "methods"}

@@ -21,17 +21,10 @@ def start(
 ) -> "subprocess.Popen[bytes]":
     """Begin a call in a new process, in a session of its own, so that Ctrl-C reaches us alone.
 
-    What was defined in a notebook's cell is handed over by value. An InputError becomes one line
-    and exit code 2.
+    What was defined in a notebook's cell is handed over by value; the result is dropped; an
+    InputError becomes one line and exit code 2. The process ends when its standard input is closed.
 
-    Args:
-        function: what to call; its result is dropped.
-        arguments: what with.
-        output: where standard output and error go.
-        environment: variables beside those of this process.
-
-    Returns:
-        The process; it ends when its standard input is closed.
+    output: where standard output and error go. environment: variables beside those of this process.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "fcse.training.apart"],

@@ -29,14 +29,9 @@ def make_batch(
     step: int,
     rows: np.ndarray,
 ) -> Batch:
-    """The batch of a step, the same in all processes.
+    """The batch of a step (from 1) from B rows of the corpus, the same in all processes.
 
-    Args:
-        config: of the run.
-        corpus: where its sentences come from.
-        acting: the methods of the run by their keys.
-        step: from 1.
-        rows: (B,) integers, rows of the corpus.
+    acting: the methods of the run by their keys.
     """
     own = Sentences(rows, *corpus.batch(rows))
     batch = Batch(step, len(rows), own)
@@ -77,12 +72,8 @@ def items(batch: Batch) -> list[Item]:
 def views(
     encoder: SentenceEncoder, layers: int, autocast: torch.autocast, part: Sequence[Item]
 ) -> tuple[Tensor, ...]:
-    """The vectors of some items, row i from item i alone, each after the head.
-
-    Returns:
-        u, v, (n, D) float each; with layers (n, 2 * layers, D); then (n, D) for each further
-        sentence of an item.
-    """
+    """The vectors of n items, row i from item i alone, after the head: u and v, (n, D) float each;
+    with layers (n, 2 * layers, D); then (n, D) for each further sentence of an item."""
     token_ids, second, *further = zip(*part, strict=True)
     with autocast, speed.cheap_dropout_in(encoder.backbone):
         made = encoder(token_ids, second if second[0] else None, layers)
@@ -137,13 +128,7 @@ def seen(
 ) -> tuple[Any, losses.Columns]:
     """The objective and the columns by which a config's loss sees a matrix of these sentences.
 
-    Args:
-        config: of a run.
-        encoder: where its vectors come from.
-        sentences: N of them.
-
-    Raises:
-        InputError: a method that acts on more than the similarities of a batch.
+    InputError: a method acts on more than the similarities of a batch.
     """
     for method in config.methods:
         if not method.by_matrix:

@@ -23,24 +23,20 @@ def backward(
     Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983).
 
     Args:
-        views: n items -> tensors (n, ...), row i from item i alone; such as
-            `SentenceEncoder.forward`, which makes two views (n, D) of token ids.
+        views: n items -> tensors (n, ...), row i from item i alone.
         items: N of them, one a sentence.
         micro_batch_size: items whose graph is held at a time; from N on there is one pass.
         loss_of: those tensors with N rows each -> loss (); it reads every one of them.
 
-    Returns:
-        () float, detached.
+    Returns the loss, () float, detached.
     """
     if micro_batch_size >= len(items):
         loss = loss_of(*views(items))
         loss.backward()
         return loss.detach()
-    parts = [
-        items[start : start + micro_batch_size] for start in range(0, len(items), micro_batch_size)
-    ]
-    states = []
-    embedded = []
+    size = micro_batch_size
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    states, embedded = [], []
     with torch.no_grad():
         for part in parts:
             states.append(random_state())
@@ -49,7 +45,7 @@ def backward(
     whole = [torch.cat(rows).requires_grad_() for rows in zip(*embedded, strict=True)]
     loss = loss_of(*whole)
     loss.backward()
-    gradients = zip(*(x.grad.split(micro_batch_size) for x in whole), strict=True)
+    gradients = zip(*(x.grad.split(size) for x in whole), strict=True)
     for part, state, given in zip(parts, states, gradients, strict=True):
         set_random_state(state)
         torch.autograd.backward(views(part), given)

@@ -38,16 +38,12 @@ class TrainResult:
         return sorted({0, *self.checkpoints, self.record["kept_step"]})
 
     def encoder_at(self, step: int) -> SentenceEncoder:
-        """The encoder as it was after a step of `steps`.
-
-        Raises:
-            InputError: no weights of that step, or the encoder it started from is gone.
-        """
+        """The encoder as it was after a step of `steps`; InputError where there are no weights."""
         if step == self.record["kept_step"]:
             return self.encoder
         if step == 0:
-            config = self.config
-            return SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
+            start = self.config
+            return SentenceEncoder.from_pretrained(start.encoder, start.pooling, start.seed)
         if step not in self.checkpoints:
             raise InputError(f"{self.folder} has weights of the steps {self.steps}, not of {step}")
         encoder = copy.deepcopy(self.encoder)
@@ -61,11 +57,7 @@ def run_folder(config: TrainConfig) -> RunFolder:
 
 
 def load_run(config: TrainConfig) -> TrainResult:
-    """A finished run from its folder.
-
-    Raises:
-        InputError: the run is not there, not finished, another, or damaged.
-    """
+    """A finished run from its folder; InputError where it is not there, another, or damaged."""
     folder = run_folder(config)
     record = folder.record()
     if record is None:
@@ -74,11 +66,7 @@ def load_run(config: TrainConfig) -> TrainResult:
 
 
 def read_run(path: str | Path) -> TrainResult:
-    """A finished run by its folder alone, whatever versions it was trained with.
-
-    Raises:
-        InputError: no run, not finished, or damaged.
-    """
+    """A finished run by its folder alone, whatever versions it is of; InputError for no such run."""
     folder = RunFolder(Path(path), {})
     record = folder.record() if is_folder(path) else None
     if record is None:

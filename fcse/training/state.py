@@ -45,10 +45,7 @@ def pack(
     random_states: Sequence[Mapping[str, Tensor]],
     acting: Mapping[str, Moments],
 ) -> State:
-    """Everything that decides how a run goes on: weights, moments, generators, methods, progress.
-
-    random_states: of each process. acting: the methods by their keys.
-    """
+    """Everything that decides how a run goes on; `random_states` are those of each process."""
     tensors = {f"weights/{name}": x for name, x in trained.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": x for name, x in moments.items()}
@@ -67,11 +64,7 @@ def unpack(
     optimizer: torch.optim.Optimizer,
     acting: Mapping[str, Moments],
 ) -> Progress:
-    """Take weights, optimiser, methods and this process' generators to a `pack`ed state.
-
-    Raises:
-        InputError: the run was begun by another number of processes.
-    """
+    """Take all to a `pack`ed state; InputError: it was begun by another number of processes."""
     progress = Progress(**{f.name: state.facts[f.name] for f in fields(Progress)})
     now = processes.world()
     if progress.processes != now.num_processes:
