@@ -8,7 +8,6 @@ by "+": focal_info_nce+sscl.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fcse import methods, objectives
-from fcse.data import is_file, is_folder, sha256, versions
+from fcse.data import is_file, is_folder, runs_folder, sha256, versions
 from fcse.encoder.pooling import Pooling
 from fcse.errors import InputError
 from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, Recorded, key, named, parameters
@@ -162,7 +161,7 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """Where the run is written."""
-        return Path(self.output or Path(os.environ.get("FCSE_RUNS", "runs")) / self.run_name)
+        return Path(self.output or runs_folder() / self.run_name)
 
 
 def _of_part(part: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -140,8 +139,7 @@ def run_report(
         senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
         figures: Folder for the two figures, as PNG, SVG and CSV.
     """
-    default = Path(os.environ.get("FCSE_RUNS", "runs"))
-    folder = runs or (default if default.is_dir() else None)
+    folder = runs or (data.runs_folder() if data.runs_folder().is_dir() else None)
     scores = None
     if folder is not None:
         found = load_runs(folder)
@@ -252,7 +250,7 @@ def run_study(
     if config is not None:
         if seed or figures:
             raise InputError("--seed and --figures do not go with --config: name seeds in the file")
-        folder = output or Path(os.environ.get("FCSE_RUNS", "runs")) / config.stem
+        folder = output or data.runs_folder() / config.stem
         _run_grid(read_grid(config, folder), workers, keep_models, dry_run)
         return
     if output or workers is not None or keep_models or dry_run:

@@ -39,7 +39,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("threads", f"torch computes with {torch.get_num_threads()}")
     yield Finding("precision", f"auto means {resolve_precision('auto', device)} here")
     yield _memory()
-    yield _folder("runs", Path(os.environ.get("FCSE_RUNS", "runs")), "FCSE_RUNS")
+    yield _folder("runs", data.runs_folder(), "FCSE_RUNS")
     yield _folder("cache", data.cache_folder(), "XDG_CACHE_HOME")
     for asset in (data.MINILM, data.WIKI_MINI, data.LEE_DOCUMENTS, data.LEE_JUDGEMENTS):
         try:

@@ -12,6 +12,7 @@ from fcse.data.assets import (
     hub_reachable,
     is_file,
     is_folder,
+    runs_folder,
     sha256,
     versions,
 )

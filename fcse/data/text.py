@@ -29,18 +29,11 @@ def text_hash(lines: Iterable[str]) -> str:
 # A stop (with its closing quote or bracket), then space, then a capital: initials such as "G."
 # do not count, since they follow a capital.
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]\"'][.!?])[\"')]*\s+(?=[\"'(]?[A-Z])")
-
-
 # Brackets lose what stood in them to markup that is not read: pronunciations, other scripts.
 _IN_BRACKETS = re.compile(r"(?<=\()[\s,;:]+|[\s,;:]+(?=\))")
 _EMPTY_BRACKETS = re.compile(r"\s*\(['’.]?\)")
 # A word is gone where punctuation stands alone, and a table or file name is no prose.
 _LEFTOVER = re.compile(r"[|{}]|\s[,;.](?!\.)|[,;][,;.]|\b(?:and|or|of|as)\)|\((?:m|ft|km)\)|File:")
-
-
-def _without_leftovers(sentence: str) -> str:
-    """The sentence without brackets that the dump's markup left empty."""
-    return _EMPTY_BRACKETS.sub("", _IN_BRACKETS.sub("", sentence))
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +59,8 @@ def load_wiki_articles() -> dict[str, list[str]]:
             paragraph = " ".join(line.replace("'''", "").replace("''", "").split())
             if not paragraph or paragraph[0] in "*#:;=|!{}<>":
                 continue  # a list item, table row or heading
-            for sentence in map(_without_leftovers, _SENTENCE_END.split(paragraph)):
+            for sentence in _SENTENCE_END.split(paragraph):
+                sentence = _EMPTY_BRACKETS.sub("", _IN_BRACKETS.sub("", sentence))
                 prose = 4 <= len(sentence.split()) <= 60 and not _LEFTOVER.search(sentence)
                 if prose and sentence not in seen:
                     seen.add(sentence)
@@ -81,8 +75,7 @@ def article_batch(
 
     Args:
         articles: title -> its sentences, as of `load_wiki_articles`.
-        size: sentences in all, a multiple of `each`.
-        each: sentences of one article.
+        size: sentences in all, a multiple of `each`, the sentences of one article.
 
     Returns:
         The sentences, and the title of the article that each comes from.
@@ -105,14 +98,10 @@ def spread(sentences: Sequence[str], size: int) -> list[str]:
 
 
 def load_corpus(name_or_path: str | Path, limit: int | None = None) -> list[str]:
-    """The sentences of a corpus, in order, without empty lines, as a list in memory.
-
-    Args:
-        name_or_path: a corpus as `corpus_reader` takes it.
-        limit: keep the first `limit` sentences only, and read no further.
+    """What `corpus_reader` reads as a list, no further than the first `limit` sentences.
 
     Raises:
-        InputError: no such corpus, not UTF-8, empty, or the hub is out of reach.
+        InputError: as there, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
@@ -166,14 +155,11 @@ def _read_lines(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise InputError(
-                        f"{path} is not UTF-8 (line {number}): convert it with iconv"
-                    ) from None
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 # Not splitlines(): that also breaks at form feeds and Unicode separators.
                 yield from text.split("\r")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 (line {number}): convert it with iconv") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 

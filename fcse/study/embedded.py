@@ -1,23 +1,14 @@
 """The embedded study: both objectives trained, scored and drawn; what is done is reused."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from fcse import analysis, plots
+from fcse import analysis, data, plots
 from fcse.config import TrainConfig
-from fcse.data import (
-    SentencePairs,
-    is_file,
-    load_corpus,
-    load_lee,
-    load_sts,
-    senteval_folder,
-    spread,
-)
+from fcse.data import SentencePairs
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.evaluation import judge_tasks, judged_pairs, score
 from fcse.recipes import RECIPES, recipe
@@ -52,7 +43,7 @@ def pick_runs(source: str | Path = SHORT) -> dict[str, TrainResult]:
     """
     if source in RECIPES:
         return train_objectives(recipe(str(source)))
-    if is_file(Path(source) / "run.json"):
+    if data.is_file(Path(source) / "run.json"):
         run = read_run(source)
         return {run.config.name: run}
     encoder = SentenceEncoder.from_pretrained(source)
@@ -127,7 +118,7 @@ def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame
     Raises:
         InputError: as in `training.train`.
     """
-    folder = folder or Path(os.environ.get("FCSE_RUNS", "runs")) / "study"
+    folder = folder or data.runs_folder() / "study"
     plots.make_folder(folder)
     runs = train_objectives(config)
     first = next(iter(runs.values()))
@@ -149,10 +140,10 @@ def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame
 
 def judged_tasks() -> list[SentencePairs]:
     """Lee's documents, and both STS-B splits where a SentEval folder is named."""
-    tasks = [load_lee()]
-    if senteval_folder() is not None:
+    tasks = [data.load_lee()]
+    if data.senteval_folder() is not None:
         for split in ("dev", "test"):
-            pairs = load_sts("STSBenchmark", split)
+            pairs = data.load_sts("STSBenchmark", split)
             tasks.append(replace(pairs, name=f"STS-B {split}"))
     return tasks
 
@@ -181,7 +172,7 @@ def draw(
     plots.save(plots.pull_curves(curves), curves, folder / "pull_curves")
 
     config = next(iter(runs.values())).config
-    batch = spread(load_corpus(config.corpus), config.batch_size)
+    batch = data.spread(data.load_corpus(config.corpus), config.batch_size)
     sim = analysis.batch_similarities(untrained, batch, config.max_length, config.seed)
     deciles = analysis.pull_by_decile(sim)
     plots.save(plots.pull_by_decile(deciles), deciles, folder / "pull_by_decile")

@@ -66,7 +66,7 @@ def load_run(config: TrainConfig) -> TrainResult:
 
 
 def read_run(path: str | Path) -> TrainResult:
-    """A finished run by its folder alone, whatever versions it is of; InputError for no such run."""
+    """A finished run by its folder alone, whatever versions it is of; else InputError."""
     folder = RunFolder(Path(path), {})
     record = folder.record() if is_folder(path) else None
     if record is None:

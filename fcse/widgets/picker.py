@@ -1,7 +1,6 @@
 """What a notebook looks at: runs or encoders, chosen in a widget or set in its parameter cell."""
 
 import html
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Generic, TypeVar
 import ipywidgets as widgets
 import pandas as pd
 
+from fcse.data import runs_folder
 from fcse.errors import InputError
 from fcse.objectives import VARIANTS
 from fcse.objectives import name as name_of
@@ -119,8 +119,8 @@ class RunPicker(_Picker[dict[str, TrainResult]]):
         Args:
             source: what is picked at first.
         """
-        home = Path(os.environ.get("FCSE_RUNS", "runs"))
-        found = {path.parent.name: str(path.parent) for path in sorted(home.glob("*/run.json"))}
+        records = sorted(runs_folder().glob("*/run.json"))
+        found = {path.parent.name: str(path.parent) for path in records}
         super().__init__(
             str(source),
             {"fresh short runs of both losses": SHORT} | found,
