@@ -292,66 +292,45 @@ def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
-# Setting of a method, as it was called before methods had names of their own in settings -> the
-# method, and what its name stood for then.
-_OLD: dict[str, tuple[str, Any]] = {
-    "layers": ("sscl", 1),
-    "neighbours": ("cards", 8),
-    "case_switch": ("cards", 0.0),
-    "detection": ("diffcse", 0.005),
-    "generator": ("diffcse", None),
-    "margin": ("adap_acse", 0.05),
-    "teacher": ("adap_acse", "minilm"),
-    "acceptance": ("ifnd", 0.5),
-    "clusters": ("ifnd", 500),
-    "cluster_steps": ("ifnd", None),
-    "focal_weight": ("core_tuning", True),
-    "mixing": ("core_tuning", True),
+# Setting of a method, as it was called before methods had settings of their own -> the method, what
+# its name stood for, and what is off.
+_OLD: dict[str, tuple[str, Any, Any]] = {
+    "layers": ("sscl", 1, 0),
+    "neighbours": ("cards", 8, 0),
+    "case_switch": ("cards", 0.0, 0.0),
+    "detection": ("diffcse", 0.005, 0.0),
+    "generator": ("diffcse", None, None),
+    "margin": ("adap_acse", 0.05, 0.0),
+    "teacher": ("adap_acse", "minilm", "minilm"),
+    "acceptance": ("ifnd", 0.5, 0.0),
+    "clusters": ("ifnd", 500, 500),
+    "cluster_steps": ("ifnd", None, None),
+    "focal_weight": ("core_tuning", True, False),
+    "mixing": ("core_tuning", True, False),
 }
 
 
 def recorded(record: Mapping[str, Any]) -> TrainConfig:
     """The config of a run from its record, also one written before methods had settings.
 
-    Classes that are not the kit's become `Recorded`.
-
-    Raises:
-        InputError, TypeError, KeyError: the record is none.
+    Classes that are not the kit's become `Recorded`. InputError, TypeError or KeyError: the record
+    is none.
     """
-    record = _renamed(record) if _OLD.keys() & record.keys() else dict(record)
+    record = dict(record)
+    if _OLD.keys() & record.keys():
+        objective = record["objective"]
+        record["objective"] = objective if objective in OBJECTIVES else "info_nce"
+        for old, (method, stood_for, off) in _OLD.items():
+            value = record.pop(old, None)
+            usual = stood_for if objective == method else off
+            record[f"{method}.{old}"] = usual if value is None else value
     parts = record["objective"].split("+")
     foreign = {}
-    for part in parts:
-        if f"{part}.printed" in record:
-            own = {k: v for k, v in record.items() if k.startswith(f"{part}.")}
-            record = {k: v for k, v in record.items() if k not in own}
-            params = tuple((k.removeprefix(f"{part}."), v) for k, v in own.items())
-            foreign[part] = Recorded(part, own[f"{part}.printed"], params)
-    record["objective"] = "+".join(p for p in parts if p not in foreign) or "info_nce"
+    for part in [part for part in parts if f"{part}.printed" in record]:
+        own = {k: record.pop(k) for k in list(record) if k.startswith(f"{part}.")}
+        params = tuple((k.removeprefix(f"{part}."), v) for k, v in own.items())
+        foreign[part] = Recorded(part, own[f"{part}.printed"], params)
+    record["objective"] = "+".join(part for part in parts if part not in foreign) or "info_nce"
     config = configured(TrainConfig(), record)
-    others = [value for part, value in foreign.items() if part != parts[0]]
-    return replace(
-        config,
-        objective=foreign.get(parts[0], config.objective),
-        methods=(*config.methods, *others),
-    )
-
-
-def _renamed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """An old record by today's names: the settings of methods that were off are left out."""
-    kept = {k: v for k, v in record.items() if k not in _OLD}
-    on: dict[str, dict[str, Any]] = {}
-    for old, (method, stood_for) in _OLD.items():
-        value = record.get(old)
-        if value is None:
-            value = stood_for if record["objective"] == method else type(stood_for)()
-        if old in ("teacher", "generator", "clusters", "cluster_steps"):
-            value = record.get(old, stood_for)
-        on.setdefault(method, {})[old] = value
-    switches = _OLD.keys() - {"teacher", "generator", "clusters", "cluster_steps"}
-    for method, settings in on.items():
-        if any(settings[name] for name in settings.keys() & switches):
-            kept |= {f"{method}.{name}": value for name, value in settings.items()}
-    if record["objective"] not in OBJECTIVES:
-        kept["objective"] = "info_nce"
-    return kept
+    objective = foreign.pop(parts[0], config.objective)
+    return replace(config, objective=objective, methods=(*config.methods, *foreign.values()))
