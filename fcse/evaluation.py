@@ -1,7 +1,6 @@
 """How good are the embeddings: rank correlation with people, alignment and uniformity."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fcse import processes
-from fcse.data import STS_TASKS, SentencePairs, load_lee, load_sts
+from fcse.data import SentencePairs, load_lee, load_sts
 from fcse.encoder.sentence_encoder import SentenceEncoder
-from fcse.errors import InputError
 
 Aggregate = Literal["all", "mean", "wmean"]
 
@@ -102,42 +100,6 @@ def _judge(u: np.ndarray, v: np.ndarray, pairs: SentencePairs) -> dict[str, floa
         "alignment": alignment(u[positive], v[positive]),
         "uniformity": uniformity(np.concatenate([u, v])[distinct]),
     }
-
-
-def evaluate_lee(encoder: SentenceEncoder) -> float:
-    """100 x Spearman on the 1,225 pairs of Lee's 50 news documents (see `load_lee`)."""
-    return judge(encoder, load_lee())["spearman"]
-
-
-def evaluate_sts(
-    encoder: SentenceEncoder,
-    tasks: Sequence[str] = STS_TASKS,
-    split: str = "test",
-    folder: str | Path | None = None,
-    aggregate: Aggregate = "all",
-) -> dict[str, float]:
-    """100 x Spearman for each STS task, as SentEval and SimCSE report it: embeddings without head.
-
-    Under "avg" stands the mean over `tasks`.
-
-    Args:
-        encoder: the encoder, with the pooling to evaluate.
-        tasks: names from `STS_TASKS`.
-        split: "test"; "dev" for STSBenchmark and SICKRelatedness.
-        folder: SentEval data folder, see `load_sts`.
-        aggregate: how the parts of a yearly task join, see `aggregate_spearman`.
-
-    Raises:
-        InputError: no task, an unknown task or split, or data that is missing.
-    """
-    if not tasks:
-        raise InputError(f"no task to evaluate: choose from {', '.join(STS_TASKS)}")
-    loaded = [load_sts(task, split, folder) for task in tasks]
-    scores = {
-        pairs.name: aggregate_spearman(similarity, pairs, aggregate)
-        for pairs, similarity in zip(loaded, pair_similarities(encoder, loaded), strict=True)
-    }
-    return scores | {"avg": float(np.mean(list(scores.values())))}
 
 
 def alignment(u: Tensor | np.ndarray, v: Tensor | np.ndarray) -> float:

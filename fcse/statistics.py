@@ -95,20 +95,6 @@ def compare_tasks(
     return [*results, _comparison(float(np.mean(differences)), mean, n, confidence)]
 
 
-def compare_similarities(
-    a: np.ndarray,
-    b: np.ndarray,
-    gold: np.ndarray,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Comparison:
-    """`compare` on what the encoders said: a, b, gold are (n,) floats, row i the same pair."""
-    check_bootstrap(resamples, confidence)
-    drawn = _bootstrap(a, b, gold, resamples, seed)
-    return _comparison(float(_difference(a, b, gold)), drawn, len(gold), confidence)
-
-
 def check_bootstrap(resamples: int, confidence: float) -> None:
     """Refuse with an `InputError` what is no number of resamples or no confidence."""
     if resamples < 100:
