@@ -9,10 +9,11 @@ import datasets
 import pytest
 from huggingface_hub import ModelCard
 
-from fcse.cards import write_card
 from fcse.data import load_lee
 from fcse.encoder import SentenceEncoder
-from fcse.evaluation import evaluate_lee, judge
+from fcse.encoder.card import write_card
+from fcse.evaluation import judge
+from fcse.methods.adap_acse import AdapACSE
 from fcse.recipes import recipe
 from fcse.training import load_run, train
 
@@ -114,10 +115,12 @@ def test_the_pattern_for_absolute_paths():
 
 @pytest.mark.parametrize("as_given", [str, Path])
 def test_the_card_holds_no_absolute_path(as_given, config):
-    config = replace(config, encoder=as_given(config.encoder), corpus=as_given(config.corpus))
-    assert Path(config.encoder).is_absolute()
-    card = card_of(train(config))
+    encoder, corpus = as_given(config.encoder), as_given(config.corpus)
+    assert Path(encoder).is_absolute()
+    teacher = (AdapACSE(teacher=encoder),)
+    card = card_of(train(replace(config, encoder=encoder, corpus=corpus, methods=teacher)))
     assert absolute_paths(card.content) == []
+    assert rows_of(card.text)["adap_acse.teacher"] == "bert"
 
 
 def test_of_a_dataset_folder_the_card_holds_no_absolute_path(config, sentences, tmp_path):
@@ -162,4 +165,5 @@ def test_a_loaded_run_has_its_card_and_scores(config):
     before = card_of(first).content
     again = load_run(config)
     assert card_of(again).content == before
-    assert again.record["scores"]["lee"] == pytest.approx(evaluate_lee(again.encoder), abs=1e-3)
+    score = judge(again.encoder, load_lee())["spearman"]
+    assert again.record["scores"]["lee"] == pytest.approx(score, abs=1e-3)

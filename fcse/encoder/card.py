@@ -74,7 +74,7 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
         ],
     )
     facts = {k: record[k] for k in ("kept_step", "device", "precision", "wall_time_s")}
-    named = {"encoder": base, "corpus": _name(config["corpus"])}
+    named = {k: _name(x) for k, x in config.items() if isinstance(x, str)} | {"encoder": base}
     training = config | named | facts | {f"corpus {k}": v for k, v in record["corpus"].items()}
     text = _TEXT.format(
         metadata=metadata.to_yaml(),
