@@ -12,8 +12,8 @@ import torch
 from conftest import bert_config, make_tokenizer, one_line_refusal, save_tiny_model
 from safetensors.torch import load_file, save_file
 
-from fcse.checkpoints import import_checkpoint
 from fcse.encoder import SentenceEncoder
+from fcse.encoder.checkpoints import import_checkpoint
 
 WIDTH = 32
 CLASSES = {"bert": "BertForCL", "roberta": "RobertaForCL"}

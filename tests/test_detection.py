@@ -12,7 +12,7 @@ from conftest import CONFIGS, make_tokenizer, one_line_refusal, save_tiny_model
 from transformers import AlbertConfig, AutoModelForMaskedLM
 
 from fcse.encoder import SentenceEncoder
-from fcse.neighbours.detection import MASK_SHARE, Detection, MaskedLM, Unigrams, mask
+from fcse.encoder.detection import MASK_SHARE, Detection, MaskedLM, Unigrams, mask
 
 
 @pytest.fixture(scope="module")

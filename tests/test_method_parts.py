@@ -8,9 +8,9 @@ import torch
 from conftest import make_tokenizer, one_line_refusal
 from transformers import AutoTokenizer
 
-from fcse.neighbours.case import require_cased, switch_case, switched
-from fcse.neighbours.clusters import TEMPERATURE, accepted, pseudo_labels
-from fcse.neighbours.retrieval import drawn, nearest
+from fcse.encoder.nearest import nearest
+from fcse.methods.cards import drawn, require_cased, switch_case, switched
+from fcse.methods.ifnd import TEMPERATURE, accepted, pseudo_labels
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -135,9 +135,9 @@ def test_other_shapes_are_refused():
         nearest(x, 1, tile=0)
     with pytest.raises(ValueError, match=r"\(6,\)"):
         nearest(x, 1, np.arange(5))
-    with pytest.raises(ValueError, match=r"\(n, D\)"):
+    with pytest.raises(ValueError, match=r"\(N, D\)"):
         nearest(x[0], 1)
-    with pytest.raises(ValueError, match=r"\(n, D\)"):
+    with pytest.raises(ValueError, match=r"\(N, D\)"):
         pseudo_labels(x[0], 2, 1.0, seed=0)
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from fcse import speed
-from fcse.encoder import SentenceEncoder
+from fcse.encoder import SentenceEncoder, speed
 
 
 def draw(p, elements=2**22, seed=0):
