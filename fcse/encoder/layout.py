@@ -1,7 +1,6 @@
 """How folders in the layout of sentence-transformers declare their pooling."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +25,17 @@ _FLAGS = {
 """The older spelling of `pooling_mode`, which every version of sentence-transformers reads."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a folder or hub name says of itself.
-
-    subfolder: where backbone and tokenizer lie in it, "" for the top. pooling: what it declares,
-    one of `Pooling`, the name of what we do not read, or None where it declares nothing.
-    """
-
-    subfolder: str = ""
-    pooling: str | None = None
-
-
 def layers_read(pooling: Pooling, layers: int) -> tuple[int, int]:
     """The two of the `layers + 1` hidden states (0: embeddings) that a two-layer mean averages."""
     return (1 if pooling == "mean_first_last" else layers - 1), layers
 
 
-def read_layout(name_or_path: str, local_files_only: bool) -> Layout:
-    """Where the backbone lies, and what modules.json and the folders it names declare.
+def read_layout(name_or_path: str, local_files_only: bool) -> tuple[str, str | None]:
+    """What a model folder or hub name says of itself, by modules.json and the folders named there.
 
-    Args:
-        name_or_path: a model folder or a hub name.
-        local_files_only: ask the local cache and not the hub.
+    Returns:
+        The folder in it that holds backbone and tokenizer ("" for the top), and the pooling that it
+        declares: one of `Pooling`, the name of what we do not read, or None.
 
     Raises:
         InputError: one of these files is no valid JSON or lacks what it should hold.
@@ -69,16 +56,15 @@ def read_layout(name_or_path: str, local_files_only: bool) -> Layout:
         return json.loads(path.read_text(encoding="utf-8")) if path else None
 
     try:
-        declared = find("modules.json")
-        if declared is None:
-            return Layout()
-        modules = read(declared)
-        folders = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+        modules = find("modules.json")
+        if modules is None:
+            return "", None
+        folders = {part["type"].rsplit(".", 1)[-1]: part["path"] for part in read(modules)}
         subfolder = folders.pop("Transformer", "")
         folders.pop("Normalize", None)  # leaves every cosine as it is
         foreign = folders.keys() - {"Pooling", "WeightedLayerPooling"}
         if foreign or "Pooling" not in folders:
-            return Layout(subfolder, " + ".join(folders) or "no pooling")
+            return subfolder, " + ".join(folders) or "no pooling"
         pooling = _mode(read(find(f"{folders['Pooling']}/config.json")))
         if "WeightedLayerPooling" in folders:
             folder = folders["WeightedLayerPooling"]
@@ -89,7 +75,7 @@ def read_layout(name_or_path: str, local_files_only: bool) -> Layout:
             f"the pooling that {name_or_path} declares cannot be read: mend its modules.json or "
             "the folders named there"
         ) from None
-    return Layout(subfolder, pooling)
+    return subfolder, pooling
 
 
 def _mode(config: dict[str, Any]) -> str:
@@ -127,44 +113,29 @@ def write_layout(
         layers: of the backbone.
         max_length: longest input in tokens.
     """
-    two_layers = pooling in ("mean_first_last", "mean_top2")
-    paths = {"Transformer": ""}
-    if two_layers:
+    modules, width = {"Transformer": ""}, {"word_embedding_dimension": dimension}
+    config: dict[str, Any] = {"max_seq_length": max_length, "do_lower_case": False}
+    if pooling in ("mean_first_last", "mean_top2"):
+        modules["WeightedLayerPooling"] = _LAYER_DIR
+        config["config_args"] = {"output_hidden_states": True}
         first, last = layers_read(pooling, layers)
         weights = torch.zeros(layers + 1 - first)
         weights[[0, last - first]] = 1
-        paths["WeightedLayerPooling"] = _LAYER_DIR
-        (folder / _LAYER_DIR).mkdir(exist_ok=True)
-        _write(
-            folder / _LAYER_DIR / "config.json",
-            {
-                "word_embedding_dimension": dimension,
-                "layer_start": first,
-                "num_hidden_layers": layers,
-            },
-        )
+        read = {"layer_start": first, "num_hidden_layers": layers}
+        _write(folder / _LAYER_DIR / "config.json", width | read)
         save_file({"layer_weights": weights}, folder / _LAYER_DIR / "model.safetensors")
-    paths["Pooling"] = _POOLING_DIR
-    (folder / _POOLING_DIR).mkdir(exist_ok=True)
-    _write(
-        folder / _POOLING_DIR / "config.json",
-        {
-            "word_embedding_dimension": dimension,
-        }
-        | {flag: mode == ("cls" if pooling == "cls" else "mean") for flag, mode in _FLAGS.items()},
-    )
-    _write(
-        folder / "modules.json",
-        [
-            {"idx": i, "name": str(i), "path": path, "type": _TYPE + kind}
-            for i, (kind, path) in enumerate(paths.items())
-        ],
-    )
-    config: dict[str, Any] = {"max_seq_length": max_length, "do_lower_case": False}
-    if two_layers:
-        config["config_args"] = {"output_hidden_states": True}
+    modules["Pooling"] = _POOLING_DIR
+    ours = "cls" if pooling == "cls" else "mean"
+    modes = {flag: mode == ours for flag, mode in _FLAGS.items()}
+    _write(folder / _POOLING_DIR / "config.json", width | modes)
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": _TYPE + kind}
+        for i, (kind, path) in enumerate(modules.items())
+    ]
+    _write(folder / "modules.json", listed)
     _write(folder / "sentence_bert_config.json", config)
 
 
 def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self, get_args
 
@@ -32,8 +32,7 @@ class SentenceEncoder(nn.Module):
     """A Hugging Face encoder, a pooling, and the head that exists in training only.
 
     Attributes:
-        backbone: the encoder without its own pooler; never runs the head.
-        tokenizer: its tokenizer.
+        backbone, tokenizer: the encoder, without its own pooler.
         pooling: how token vectors become a sentence vector, see `pool`.
         head: Linear -> tanh on the pooled vector, as in SimCSE (Gao et al. 2021, section 6.3):
             used by `forward` for "cls" only, dropped by `encode`.
@@ -56,14 +55,7 @@ class SentenceEncoder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.pooling = pooling
-        width = backbone.config.hidden_size
-        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-        nn.init.normal_(
-            self.head[0].weight,
-            std=getattr(backbone.config, "initializer_range", 0.02),
-            generator=torch.Generator().manual_seed(seed),
-        )
-        nn.init.zeros_(self.head[0].bias)
+        self.head = nn.Sequential(linear(backbone, self.dimension, seed), nn.Tanh())
         self.max_length = min(tokenizer.model_max_length, _positions(backbone))
         self._inputs = set(inspect.signature(backbone.forward).parameters)
 
@@ -77,38 +69,37 @@ class SentenceEncoder(nn.Module):
             name_or_path: "minilm" (packaged all-MiniLM-L6-v2, its checksum verified), a run
                 folder, a model folder, also one in the layout of sentence-transformers, or the
                 name of a model on the hub.
-            pooling: "cls", "mean", "mean_first_last" or "mean_top2"; None means what the model
-                declares in that layout, and "cls" where it declares nothing. "minilm" means its
-                untuned "cls" readout, whatever pooling the published model was tuned for.
+            pooling: None means what the model declares in that layout, and "cls" where it declares
+                nothing; for "minilm" the untuned "cls", whatever it was published with.
             seed: of the head, where the folder brings none.
 
         Raises:
             InputError: unknown pooling, no such model, no weights in the folder, or altered
                 packaged weights.
         """
-        path = str(MINILM.locate().parent if name_or_path == "minilm" else name_or_path)
+        path, name = str(name_or_path), repr(str(name_or_path))
         if name_or_path == "minilm":
-            pooling = pooling or "cls"
+            path, pooling = str(MINILM.locate().parent), pooling or "cls"
         if is_file(Path(path) / "run.json"):
             path = str(Path(path) / "model")
         folder = is_folder(path)
         local = folder or not hub_reachable()
-        with loading(f"encoder {str(name_or_path)!r}", "minilm, a model folder"):
-            layout = read_layout(path, local)
+        with loading(f"encoder {name}", "minilm, a model folder"):
+            subfolder, declared = read_layout(path, local)
             if folder:
-                _check_model_folder(Path(path) / layout.subfolder)
-            where = {"local_files_only": local, "subfolder": layout.subfolder}
+                _check_model_folder(Path(path) / subfolder)
+            where = {"local_files_only": local, "subfolder": subfolder}
             backbone = AutoModel.from_pretrained(path, dtype=torch.float32, **where)
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
         if backbone.config.is_encoder_decoder or tokenizer.pad_token_id is None:
             raise InputError(
-                f"{str(name_or_path)!r} ({backbone.config.model_type}) is no encoder with a "
-                "padding token: give one of BERT's kind"
+                f"{name} ({backbone.config.model_type}) is no encoder with a padding token: give "
+                "one of BERT's kind"
             )
-        pooling = pooling or layout.pooling or "cls"
-        if pooling == layout.pooling and pooling not in get_args(Pooling):
+        pooling = pooling or declared or "cls"
+        if pooling == declared and pooling not in get_args(Pooling):
             raise InputError(
-                f"{str(name_or_path)!r} declares {pooling}, which is none of the poolings "
+                f"{name} declares {pooling}, which is none of the poolings "
                 f"{', '.join(get_args(Pooling))}: choose the one to read it with"
             )
         encoder = cls(backbone, tokenizer, pooling, seed)
@@ -132,12 +123,8 @@ class SentenceEncoder(nn.Module):
 
     def tokenize(self, sentences: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token ids of each sentence with the special tokens, cut at `max_length` tokens."""
-        return self.tokenizer(
-            list(sentences),
-            truncation=True,
-            max_length=min(max_length or self.max_length, self.max_length),
-            padding=False,
-        )["input_ids"]
+        most = min(max_length or self.max_length, self.max_length)
+        return self.tokenizer(list(sentences), truncation=True, max_length=most)["input_ids"]
 
     def pool(self, features: dict[str, Tensor], layers: int = 0) -> Tensor:
         """One pass of the backbone over a padded batch, pooled; no head.
@@ -155,28 +142,22 @@ class SentenceEncoder(nn.Module):
             (n, D) float, in the backbone's dtype; with layers (n, 1 + layers, D), from the last
             layer down.
         """
-        mask = features["attention_mask"].unsqueeze(-1)
+        cls, mask = self.pooling == "cls", features["attention_mask"].unsqueeze(-1)
 
-        def mean(tokens: Tensor) -> Tensor:
-            return (tokens * mask.to(tokens.dtype)).sum(1) / mask.sum(1)
+        def read(tokens: Tensor) -> Tensor:
+            return tokens[:, 0] if cls else (tokens * mask.to(tokens.dtype)).sum(1) / mask.sum(1)
 
-        if self.pooling == "cls":
-            with speed.first_token_only(self.backbone):
-                output = self.backbone(**features, output_hidden_states=layers > 0)
-            pooled = output.last_hidden_state[:, 0]
-        else:
-            two_layers = self.pooling != "mean"
+        two_layers = self.pooling not in ("cls", "mean")
+        with speed.first_token_only(self.backbone) if cls else nullcontext():
             output = self.backbone(**features, output_hidden_states=two_layers or layers > 0)
-            tokens = output.last_hidden_state
-            if two_layers:
-                other, _ = layers_read(self.pooling, self.backbone.config.num_hidden_layers)
-                tokens = (tokens + output.hidden_states[other]) / 2
-            pooled = mean(tokens)
+        tokens = output.last_hidden_state
+        if two_layers:
+            other, _ = layers_read(self.pooling, self.backbone.config.num_hidden_layers)
+            tokens = (tokens + output.hidden_states[other]) / 2
         if not layers:
-            return pooled
+            return read(tokens)
         below = output.hidden_states[-2 : -2 - layers : -1]
-        vectors = [x[:, 0] if self.pooling == "cls" else mean(x) for x in below]
-        return torch.stack([pooled, *vectors], dim=1)
+        return torch.stack([read(x) for x in (tokens, *below)], dim=1)
 
     def forward(
         self,
@@ -194,16 +175,15 @@ class SentenceEncoder(nn.Module):
             layers: how many layers below the last come along, see `pool`.
 
         Returns:
-            u, v: (N, D) float each, after the head; with layers a third, (N, 2 * layers, D): both
-            views' vectors of those layers, after the same head.
+            u, v: (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both views'
+            vectors of those layers, after the same head.
         """
         if second is None:
             views = self._views(token_ids, 2, layers)
         else:
             views = torch.cat([self._views(x, 1, layers) for x in (token_ids, second)], dim=1)
         if not layers:
-            u, v = views.unbind(1)
-            return u, v
+            return views.unbind(1)
         u, v = views[:, :, 0].unbind(1)
         return u, v, views[:, :, 1:].flatten(1, 2)
 
@@ -245,7 +225,8 @@ class SentenceEncoder(nn.Module):
             (n, D) float32.
 
         Raises:
-            InputError: `sentences` is a single string or holds something else than strings.
+            InputError: `sentences` is a single string or holds something else than strings, or
+                `batch_size` is below 1.
         """
         if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
             raise InputError("sentences must be a sequence of strings")
@@ -256,45 +237,34 @@ class SentenceEncoder(nn.Module):
             return embeddings
         token_ids = self.tokenize(sentences)
         order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-        bar = tqdm(
-            total=len(order),
-            desc="encoding",
-            unit=" sentences",
-            disable=progress is False,
-            delay=0 if progress else 2,
-            leave=False,
-        )
+        shown = {"disable": progress is False, "delay": 0 if progress else 2, "leave": False}
         was_training = self.training
         self.eval()
         try:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = {"input_ids": [token_ids[i] for i in rows]}
-                batch = self.tokenizer.pad(batch, return_tensors="pt")
-                features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
-                embeddings[rows] = self.pool(features).float().cpu().numpy()
-                bar.update(len(rows))
+            with tqdm(total=len(order), desc="encoding", unit=" sentences", **shown) as bar:
+                for start in range(0, len(order), batch_size):
+                    rows = order[start : start + batch_size]
+                    batch = {"input_ids": [token_ids[i] for i in rows]}
+                    batch = self.tokenizer.pad(batch, return_tensors="pt")
+                    features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
+                    embeddings[rows] = self.pool(features).float().cpu().numpy()
+                    bar.update(len(rows))
         finally:
             self.train(was_training)
-            bar.close()
         if normalize:
-            norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-            embeddings /= np.maximum(norms, 1e-12)
+            embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)
         return embeddings
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write backbone and tokenizer so that `AutoModel` and `SentenceTransformer` load them.
+        """Write a folder that `AutoModel` and, with its pooling, `SentenceTransformer` load.
 
-        The pooling is declared in the layout of sentence-transformers. The head lies beside, in a
-        file that is read by `from_pretrained` only.
+        The head lies beside, in a file that is read by `from_pretrained` only.
         """
         path = Path(path)
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
-        save_file(
-            {k: x.detach().cpu().contiguous() for k, x in self.head.state_dict().items()},
-            path / _HEAD_FILE,
-        )
+        head = {k: x.detach().cpu().contiguous() for k, x in self.head.state_dict().items()}
+        save_file(head, path / _HEAD_FILE)
         layers = self.backbone.config.num_hidden_layers
         write_layout(path, self.pooling, self.dimension, layers, self.max_length)
 
@@ -303,12 +273,9 @@ class SentenceEncoder(nn.Module):
 def loading(what: str, instead: str) -> Iterator[None]:
     """Load what a user has named: without the library's chatter, and with one line if it fails.
 
-    Args:
-        what: what is loaded, by name.
-        instead: what could be given in its place, but the name of a model on the hub.
-
     Raises:
-        InputError: it cannot be loaded, or is a pickle that holds more than tensors.
+        InputError: `what` cannot be loaded, or is a pickle that holds more than tensors; `instead`
+            says what could be given, beside the name of a model on the hub.
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -329,6 +296,15 @@ def loading(what: str, instead: str) -> Iterator[None]:
         ) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def linear(backbone: PreTrainedModel, out: int, seed: int) -> nn.Linear:
+    """A layer on top of a backbone, begun as the backbone's own: normal weights, zero biases."""
+    layer = nn.Linear(backbone.config.hidden_size, out)
+    std = getattr(backbone.config, "initializer_range", 0.02)
+    nn.init.normal_(layer.weight, std=std, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _positions(backbone: PreTrainedModel) -> int:
