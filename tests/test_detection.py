@@ -49,8 +49,8 @@ def padded(encoder, texts):
 
 def masked(encoder, ids, share, seed):
     tokenizer = encoder.tokenizer
-    generator = torch.Generator().manual_seed(seed)
-    return mask(ids, share, tokenizer.all_special_ids, tokenizer.mask_token_id, generator)
+    torch.manual_seed(seed)
+    return mask(ids, share, tokenizer.all_special_ids, tokenizer.mask_token_id)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.15, MASK_SHARE, 0.5, 1.0])
@@ -73,14 +73,11 @@ def test_a_share_of_the_tokens_is_masked_and_none_of_the_special(encoder, texts,
     assert which[1].any()
 
 
-def test_masks_follow_the_generator_alone(encoder, texts):
+def test_masks_follow_the_seed_alone(encoder, texts):
     ids = padded(encoder, texts)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
     first, again, other = (masked(encoder, ids, 0.3, seed)[1] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_every_token_is_as_likely_to_be_masked(encoder, sentences):

@@ -19,7 +19,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 from fcse.data import hub_reachable, is_folder
 from fcse.encoder import speed
-from fcse.encoder.sentence_encoder import SentenceEncoder, loading
+from fcse.encoder.sentence_encoder import SentenceEncoder, linear, loading
 from fcse.errors import InputError
 
 MASK_SHARE = 0.3
@@ -30,14 +30,11 @@ class TokenGenerator(Protocol):
     """Fills in masked tokens."""
 
     def __call__(self, token_ids: Tensor, where: Tensor) -> Tensor:
-        """Replacements for the masked tokens of a batch.
+        """Replacements for the k masked tokens of a batch: (k,) int64, row by row.
 
         Args:
             token_ids: (n, L) int64, padded, with the mask's id at the masked positions.
-            where: (n, L) bool, the k masked positions.
-
-        Returns:
-            (k,) int64, row by row, on the device of `token_ids`.
+            where: (n, L) bool, those positions.
         """
         ...
 
@@ -47,13 +44,10 @@ class MaskedLM:
 
     It is no part of the module that uses it: its weights are neither trained nor saved with a run,
     and it runs without dropout, on the device of what it is given.
-
-    Attributes:
-        model: the language model, float32, in evaluation mode.
     """
 
     def __init__(self, name_or_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load a masked language model; no code that comes with it is run.
+        """Load a masked language model in float32; no code that comes with it is run.
 
         Args:
             name_or_path: a model folder, or the name of a model on the hub.
@@ -64,10 +58,8 @@ class MaskedLM:
                 more than tensors, or another vocabulary.
         """
         path, name = str(name_or_path), f"masked language model {str(name_or_path)!r}"
-        where = {
-            "local_files_only": is_folder(path) or not hub_reachable(),
-            "trust_remote_code": False,
-        }
+        local = is_folder(path) or not hub_reachable()
+        where = {"local_files_only": local, "trust_remote_code": False}
         with loading(name, "a model folder"):
             theirs = AutoTokenizer.from_pretrained(path, **where).get_vocab()
             self.model, loaded = AutoModelForMaskedLM.from_pretrained(
@@ -106,11 +98,7 @@ class Unigrams:
     """
 
     def __init__(self, token_ids: Iterable[Sequence[int]], special_ids: Collection[int]) -> None:
-        """Count the tokens of a corpus.
-
-        Args:
-            token_ids: the tokenised sentences.
-            special_ids: what is never drawn.
+        """Count the tokens of a corpus; `special_ids` are never drawn.
 
         Raises:
             InputError: there is no token but special ones.
@@ -129,23 +117,18 @@ class Unigrams:
 
 
 def mask(
-    token_ids: Tensor,
-    share: float,
-    special_ids: Collection[int],
-    mask_id: int,
-    generator: torch.Generator | None = None,
+    token_ids: Tensor, share: float, special_ids: Collection[int], mask_id: int
 ) -> tuple[Tensor, Tensor]:
     """Mask a share of each sentence's tokens, drawn without replacement.
 
     Of a sentence's c tokens that are not special, round(share * c) are masked (halves go to the
-    even number), and at least one where c > 0.
+    even number), and at least one where c > 0. Drawn from torch's global generator on the CPU.
 
     Args:
         token_ids: (n, L) int64, padded.
         share: in (0, 1].
         special_ids: what is never masked; among them the padding's id.
         mask_id: what stands in for a masked token.
-        generator: on the CPU, whatever the device of `token_ids`; None is torch's global one.
 
     Returns:
         The masked ids, (n, L) int64, and which of them are masked, (n, L) bool.
@@ -159,7 +142,7 @@ def mask(
     maskable = ~torch.isin(token_ids, special)
     count = maskable.sum(1, keepdim=True)
     wanted = (share * count.double()).round().clamp(min=1).minimum(count)
-    draws = torch.rand(token_ids.shape, generator=generator).to(token_ids.device)
+    draws = torch.rand(token_ids.shape).to(token_ids.device)
     order = draws.masked_fill(~maskable, 2).argsort(dim=1, stable=True)
     which = order.argsort(dim=1) < wanted
     return token_ids.masked_fill(which, mask_id), which
@@ -176,53 +159,35 @@ class Detection(nn.Module):
         discriminator: the copy, without a pooler; trained, and of no use after training.
         head: Linear from a token's last hidden state to one logit, replaced against original. The
             authors' cross-entropy over the two is the same function of the logits' difference.
-        token_generator: fills in the masked tokens.
-        share: of a sentence's tokens that is masked.
+        token_generator: fills in the masked tokens, a `MaskedLM` or `Unigrams`.
     """
 
     def __init__(
-        self,
-        encoder: SentenceEncoder,
-        token_generator: TokenGenerator,
-        share: float = MASK_SHARE,
-        seed: int = 0,
+        self, encoder: SentenceEncoder, token_generator: TokenGenerator, seed: int = 0
     ) -> None:
-        """Copy the encoder's backbone.
-
-        Args:
-            encoder: what is about to be trained.
-            token_generator: a `MaskedLM` or `Unigrams`.
-            share: in (0, 1].
-            seed: of the head.
+        """Copy the backbone of an encoder that is about to be trained; `seed` is the head's.
 
         Raises:
             InputError: a tokenizer without a mask token, or a backbone whose input vectors are
                 not as wide as its sentence embeddings.
         """
         super().__init__()
-        config, tokenizer = encoder.backbone.config, encoder.tokenizer
+        kind, tokenizer = encoder.backbone.config.model_type, encoder.tokenizer
         if tokenizer.mask_token_id is None:
             raise InputError(
-                f"the tokenizer of this encoder ({config.model_type}) has no mask token: give an "
-                "encoder that was trained as a masked language model"
+                f"the tokenizer of this encoder ({kind}) has no mask token: give an encoder that "
+                "was trained as a masked language model"
             )
         inputs = encoder.backbone.get_input_embeddings().embedding_dim
         if inputs != encoder.dimension:
             raise InputError(
-                f"this encoder ({config.model_type}) takes input vectors of {inputs} numbers and "
-                f"gives sentence embeddings of {encoder.dimension}, which cannot stand in for one: "
-                "give one where both are the same, such as BERT"
+                f"this encoder ({kind}) takes input vectors of {inputs} numbers and gives sentence "
+                f"embeddings of {encoder.dimension}, which cannot stand in for one: give one where "
+                "both are the same, such as BERT"
             )
         self.discriminator = copy.deepcopy(encoder.backbone)
-        self.head = nn.Linear(encoder.dimension, 1)
-        nn.init.normal_(
-            self.head.weight,
-            std=getattr(config, "initializer_range", 0.02),
-            generator=torch.Generator().manual_seed(seed),
-        )
-        nn.init.zeros_(self.head.bias)
+        self.head = linear(encoder.backbone, 1, seed)
         self.token_generator = token_generator
-        self.share = share
         self._special_ids = tokenizer.all_special_ids
         self._mask_id, self._pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
 
@@ -240,24 +205,20 @@ class Detection(nn.Module):
             token_ids: the n sentences it was made of, from `SentenceEncoder.tokenize`.
 
         Returns:
-            loss: () float32 (float64 in a float64 module).
-            logits: (T,) of the same dtype, sentence after sentence; above 0 where replaced is the
-                likelier. A part of the graph.
-            replaced: (T,) bool, what was the case.
+            The loss, () float32 (float64 in a float64 module); the logits, (T,) of the same dtype,
+            sentence after sentence, above 0 where replaced is the likelier, a part of the graph;
+            and (T,) bool, which were replaced.
 
         Raises:
-            ValueError: embeddings of another shape, or `share` is out of range.
+            ValueError: embeddings of another shape.
         """
+
+        def behind_first(sentences: Sequence[Sequence[int]]) -> Tensor:
+            return torch.tensor([token for ids in sentences for token in ids[1:]])
+
         edited = self.edit(token_ids)
         logits = self.logits(sentence_embedding, edited)
-        replaced = torch.tensor(
-            [
-                new != old
-                for after, before in zip(edited, token_ids, strict=True)
-                for new, old in zip(after[1:], before[1:], strict=True)
-            ],
-            device=logits.device,
-        )
+        replaced = (behind_first(edited) != behind_first(token_ids)).to(logits.device)
         loss = F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
         return loss, logits, replaced
 
@@ -265,7 +226,7 @@ class Detection(nn.Module):
         """The sentences with a share of their tokens masked and filled in by the generator."""
         rows = [torch.tensor(ids) for ids in token_ids]
         padded = pad_sequence(rows, batch_first=True, padding_value=self._pad_id)
-        masked, which = mask(padded, self.share, self._special_ids, self._mask_id)
+        masked, which = mask(padded, MASK_SHARE, self._special_ids, self._mask_id)
         device = self.head.weight.device
         padded[which] = self.token_generator(masked.to(device), which.to(device)).cpu()
         return [line[: len(ids)].tolist() for line, ids in zip(padded, token_ids, strict=True)]
@@ -314,10 +275,8 @@ def practise(
     """Train a discriminator alone, on embeddings that stay as they are; it ends in evaluation mode.
 
     Args:
-        detection: what is trained.
         sentence_embedding, token_ids: as in `Detection.forward`.
-        steps: of AdamW, >= 1.
-        learning_rate: constant, > 0.
+        steps, learning_rate: of AdamW, the rate constant.
     """
     optimizer = torch.optim.AdamW(detection.parameters(), learning_rate)
     detection.train()
