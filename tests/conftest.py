@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from fcse.config import TrainConfig
-from fcse.data import load_corpus
+from fcse.data import load_corpus, load_lee
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
+from fcse.evaluation import judge
 
 # A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -164,6 +165,11 @@ def one_line_refusal(match):
     with pytest.raises(InputError, match=match) as refusal:
         yield
     assert "\n" not in str(refusal.value)
+
+
+def lee_score(encoder):
+    """100 x Spearman on the packaged judgements."""
+    return judge(encoder, load_lee())["spearman"]
 
 
 @pytest.fixture(scope="session")
