@@ -42,36 +42,22 @@ one seed, so a difference to another card's numbers is no evidence by itself.
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write README.md with the metadata that model hubs read.
-
-    Args:
-        folder: of the model.
-        record: what run.json holds of a finished run.
-    """
-    config = record["config"]
+    """Write README.md, with what hubs read, from what run.json holds of a finished run."""
+    config, scores = record["config"], record["scores"]
     title = f"{config['recipe'] or config['objective']}, seed {config['seed']}"
-    spearman = {
-        name: value
-        for name, value in record["scores"].items()
-        if not name.endswith(("_alignment", "_uniformity"))
-    }
     base = _PACKAGED if config["encoder"] == "minilm" else _name(config["encoder"])
+    results = [
+        EvalResult("sts", name, name, "spearman", round(value, 2))
+        for name, value in scores.items()
+        if not name.endswith(("_alignment", "_uniformity"))
+    ]
     metadata = ModelCardData(
         base_model=base,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", config["objective"]],
         model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type="sts",
-                dataset_type=name,
-                dataset_name=name,
-                metric_type="spearman",
-                metric_value=round(value, 2),
-            )
-            for name, value in spearman.items()
-        ],
+        eval_results=results,
     )
     facts = {k: record[k] for k in ("kept_step", "device", "precision", "wall_time_s")}
     named = {k: _name(x) for k, x in config.items() if isinstance(x, str)} | {"encoder": base}
@@ -83,7 +69,7 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
         steps=record["kept_step"],
         objective=config["objective"],
         pooling=config["pooling"],
-        scores=_table("task", "score", {k: f"{v:.2f}" for k, v in record["scores"].items()}),
+        scores=_table("task", "score", {k: f"{v:.2f}" for k, v in scores.items()}),
         training=_table("setting", "value", training),
         versions=_table("package", "version", record["versions"]),
     )

@@ -31,8 +31,7 @@ def import_checkpoint(
 
     Args:
         checkpoint: the folder the trainer wrote, or a weight file.
-        encoder: what gives architecture and tokenizer: minilm, a model folder or a hub name; by
-            default the checkpoint's own folder.
+        encoder: gives architecture and tokenizer; by default the checkpoint's own folder.
         pooling: of the training; only "cls" has a head.
 
     Raises:

@@ -25,20 +25,17 @@ def nearest(
     differ by less than the rounding of float32, some 1e-7, may come in either order. The same
     arguments give the same neighbours on the same machine.
 
-    Memory: pairs are compared in square tiles, and a row of tiles keeps only its k best. For a
-    million sentences of 384 dimensions and k = 64 there are 1.54 GB of embeddings in float32 (0.77
-    GB in float16; rows are scaled and widened a tile at a time), 8 MB of ids, which are sorted
-    once, and 0.26 GB of neighbours. A tile of 1024 x 1024 takes 4 MB of cosines, and up to 0.1 GB
-    with what sorts them where all are new, at the start of a row of tiles. With 0.5 GB for Python
-    and torch that is 2.4 GB. Where `device` is not the CPU, embeddings, ids and tile take their
-    room there instead.
+    Memory: pairs are compared in square tiles, and a row of tiles keeps only its k best. A million
+    sentences of 384 dimensions with k = 64 take 2.4 GB: 1.54 for embeddings in float32 (0.77 in
+    float16: rows are scaled and widened a tile at a time), 0.26 for neighbours, up to 0.1 for a
+    tile of 1024 x 1024 and what sorts it, 0.5 for Python and torch.
 
     Args:
         embeddings: (n, D) float32 or float16, n <= 2**31; on the CPU they are not copied.
         k: neighbours of a sentence, >= 1.
         sentence_ids: (n,) integers: rows with equal ids are one sentence, and no neighbours. None:
             no sentence occurs twice.
-        device: where to compute.
+        device: where to compute, and where embeddings, ids and tile take their room.
         tile: sentences along either side of a tile, >= 1.
 
     Returns:
@@ -77,8 +74,8 @@ def _check_k(k: int, ids: Tensor) -> None:
     most = len(ids) - int(repeats.max()) if len(ids) else 0
     if not 1 <= k <= most:
         raise InputError(
-            f"k must be from 1 to {most}, the most that each of the {len(ids)} "
-            f"sentences of the corpus has beside itself and its repeats, got {k}"
+            f"k must be from 1 to {most}, the most that each of the {len(ids)} sentences of the "
+            f"corpus has beside itself and its repeats, got {k}"
         )
 
 
@@ -111,7 +108,6 @@ def finite_unit_rows(embeddings: Tensor) -> Tensor:
     """
     rows = unit_rows(embeddings.float())
     if not embeddings.isfinite().all():
-        raise InputError(
-            "the embeddings hold numbers that are not finite: embed the corpus in float32"
-        )
+        wrong = "the embeddings hold numbers that are not finite"
+        raise InputError(f"{wrong}: embed the corpus in float32")
     return rows

@@ -32,7 +32,7 @@ def length_groups(
         device: where to compute.
 
     Yields:
-        The rows of the batch in a group, and the backbone's inputs for them.
+        A group's rows in the batch, and the backbone's inputs for them.
     """
     groups = LENGTH_GROUPS if device.type == "cpu" else 1
     lengths = [len(ids) for ids in token_ids]
