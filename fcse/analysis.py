@@ -66,7 +66,7 @@ def curve(objective: Any, columns: Columns = PLAIN, points: int = 201) -> pd.Dat
         "positive_slope".
     """
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
-    logit, slope = _logits_and_slopes(s, objective, columns)
+    logit, slope = _of_each(s, objective, columns)
     found = {"similarity": s.numpy()}
     for prefix, diagonal in (("", points), ("positive_", 0)):
         found[f"{prefix}logit"] = logit.diagonal(diagonal).numpy()
@@ -74,10 +74,16 @@ def curve(objective: Any, columns: Columns = PLAIN, points: int = 201) -> pd.Dat
     return pd.DataFrame(found)
 
 
-def _logits_and_slopes(s: Tensor, objective: Any, columns: Columns) -> tuple[Tensor, Tensor]:
+def _of_each(s: Tensor, objective: Any, columns: Columns) -> tuple[Tensor, Tensor]:
     """(P, 2 P) each: row i holds s_i twice, on the diagonal as a positive, and P behind it."""
-    sim = torch.cat([torch.diag(s)] * 2, dim=1).requires_grad_()
-    logit = losses.logits(sim, objective, replace(columns, sentence_ids=None))
+    sim = torch.cat([torch.diag(s)] * 2, dim=1)
+    return _logits_and_slopes(sim, objective, replace(columns, sentence_ids=None))
+
+
+def _logits_and_slopes(sim: Tensor, objective: Any, columns: Columns) -> tuple[Tensor, Tensor]:
+    """(N, M) each; the slope is d logit / d similarity, that of the turns included."""
+    sim = sim.detach().requires_grad_()
+    logit = losses.logits(sim, objective, columns)
     (slope,) = torch.autograd.grad(logit.sum(), sim)
     return logit.detach(), slope
 
@@ -103,7 +109,7 @@ def resting_point(objective: Any, columns: Columns = PLAIN) -> float | None:
     low, high = -1.0, 1.0
     for _ in range(6):
         s = torch.linspace(low, high, 65, dtype=torch.float64)
-        slope = _logits_and_slopes(s, objective, columns)[1].diagonal(65)
+        slope = _of_each(s, objective, columns)[1].diagonal(65)
         turns = ((slope[:-1] < 0) & (slope[1:] >= 0)).nonzero()
         if not len(turns):
             return None
@@ -283,21 +289,22 @@ def effects(
         (2 s + m) / tau for modulated negatives, averaged over the negatives by their softmax
         weight. hardest: the share of the absolute pull on negatives that the hardest tenth gets;
         hardest_plain: the same under InfoNCE at that temperature. below: the share of negatives
-        below the resting point; towards: the share of the absolute pull that draws negatives
-        closer. same_article: the share of the hardest tenth that is of its anchor's own label;
-        same_article_pull: the share of the absolute pull on negatives that these take.
+        below their resting point, where the slope is below 0; towards: the share of the absolute
+        pull that draws negatives closer. same_article: the share of the hardest tenth that is of
+        its anchor's own label; same_article_pull: the share of the absolute pull on negatives that
+        these take.
     """
     s, pull = negative_pulls(sim, objective, columns)
     negatives = ~np.eye(len(sim), dtype=bool)
-    p = losses.logits(sim, objective, columns).softmax(dim=1).numpy()[negatives]
+    logit, slope = _logits_and_slopes(sim, objective, columns)
+    p, slope = logit.softmax(dim=1).numpy()[negatives], slope.numpy()[negatives]
     same = np.equal.outer(np.asarray(labels), np.asarray(labels))[negatives]
-    rest = resting_point(objective, columns)
     return {
-        "effective_temperature": float(p.sum() / pull.sum()),
+        "effective_temperature": float(p.sum() / (p * slope).sum()),
         "hardest": hardest_share(sim, objective, columns),
         "hardest_plain": hardest_share(sim, plain(objective)),
-        "below": float((s < (-np.inf if rest is None else rest)).mean()),
-        "towards": float(-pull[pull < 0].sum() / np.abs(pull).sum()),
+        "below": float((slope < 0).mean()),
+        "towards": float(np.abs(pull[pull < 0]).sum() / np.abs(pull).sum()),
         "same_article": float(same[tenths(s)[-1]].mean()),
         "same_article_pull": float(np.abs(pull[same]).sum() / np.abs(pull).sum()),
     }

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from fcse import plots
 from fcse.analysis import batch_similarities, effects
 from fcse.data import STS_TASKS, is_file, load_wiki_articles
-from fcse.errors import InputError, writing
-from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, rank
+from fcse.errors import InputError, first_line, writing
+from fcse.objectives import OBJECTIVES, VARIANTS, FocalInfoNCE, InfoNCE, rank
 from fcse.objectives import name as name_of
 from fcse.statistics import compare_seeds, holm
 from fcse.study.published import SIMCSE_50_SEEDS
@@ -52,10 +52,11 @@ def _read_grid(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no table of a study: {error}") from None
+        raise InputError(f"{path} is no table of a study: {first_line(error)}") from None
     if "name" not in table:
-        old = "made before losses had names: run the grid again" if "variant" in table else ""
-        raise InputError(f"{path} is no table of a study: {old or 'it has no column name'}")
+        old = "made before losses had names: run the grid again"
+        wrong = old if {"variant", "contestant"} & {*table} else "it has no column name"
+        raise InputError(f"{path} is no table of a study: {wrong}")
     if set(STS_TASKS) <= set(table):
         table["avg"] = table[list(STS_TASKS)].mean(axis=1)
     return table
@@ -69,16 +70,18 @@ def alone(loss: str) -> str:
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     """(baseline, loss): what the study compares, of the losses there are.
 
-    Every objective with InfoNCE at the paper's temperature; the others with an InfoNCE at another
-    one, the fair opponent whose temperature was chosen on the dev split; and every loss with
-    methods with the same one without.
+    Every objective with InfoNCE at the paper's temperature; Focal-InfoNCE, with any parameters but
+    those of `VARIANTS`, with an InfoNCE at another one, the fair opponent whose temperature was
+    chosen on the dev split; and every loss with methods with the same one without.
     """
     plain, focal = name_of(InfoNCE()), name_of(FocalInfoNCE())
+    variants = {*map(name_of, VARIANTS)} - {focal}
     names = sorted(dict.fromkeys(names), key=lambda each: (rank(alone(each)), rank(each), each))
     objectives = [each for each in names if alone(each) == each]
     opponents = [each for each in objectives if each.startswith(f"{plain} (")]
+    whole = [each for each in objectives if each.split(" (")[0] == focal and each not in variants]
     found = [(plain, each) for each in objectives if each != plain]
-    found += [(opponent, focal) for opponent in opponents if focal in objectives]
+    found += [(opponent, each) for opponent in opponents for each in whole]
     return found + [(alone(each), each) for each in names if alone(each) != each]
 
 
@@ -100,7 +103,7 @@ def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.Da
         .reset_index()
     )
     best = means.loc[means.groupby("name")[by].idxmax()]
-    return best.sort_values("name", key=lambda v: v.map(rank), ignore_index=True)
+    return best.sort_values("name", key=lambda v: v.map(rank), kind="stable", ignore_index=True)
 
 
 def contrasts(
@@ -271,7 +274,8 @@ def means(
     """
     grouped = table.groupby([by, *settings], dropna=False)[score]
     found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
-    order = rank if by == "name" else list(OBJECTIVES).index
+    names = sorted(set(found[by]), key=lambda each: (rank(each), each))
+    order = (names if by == "name" else list(OBJECTIVES)).index
     return found.sort_values(
         [by, *settings], key=lambda x: x.map(order) if x.name == by else x, ignore_index=True
     )
@@ -341,9 +345,9 @@ def take_over(folder: Path, runs: Path) -> None:
     if is_file(scores) and "STS-B test" in set(pd.read_csv(scores)["task"]):
         with writing("table of scores"):
             shutil.copyfile(scores, folder / "scores.csv")
-    if "states" in known:
+    folders = sorted(path.parent for path in (runs / "states/runs").glob("*/checkpoints"))
+    if folders and "states" in known:
         batches = random_batches()
-        folders = sorted(path.parent for path in (runs / "states/runs").glob("*/checkpoints"))
         measured = [along_training(read_run(path), batches) for path in tqdm(folders, unit="run")]
         table = pd.concat(measured).sort_values(["name", "seed", "step"], ignore_index=True)
         with writing("table along training"):
@@ -358,8 +362,8 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
             `RATES` and `CONTRASTS`; what is not there is left out. The published scores need none.
 
     Returns:
-        Name -> table: "chosen", "surface", "batch_size", "along_training" and the names of
-        `CONTRASTS`.
+        Name -> table: "chosen", "learning_rate", "batch_size", "surface", "along_training",
+        "scores" and the names of `CONTRASTS`.
 
     Raises:
         InputError: none of them is there, a table that is none of a study, or a figure that cannot
@@ -387,10 +391,10 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
             title = f"{_what(rows)}: paired over seeds, 95 % intervals"
             plots.save(plots.gains(table, title), table, folder / figure)
     if is_file(folder / "along_training.csv"):
-        found["along_training"] = table = pd.read_csv(folder / "along_training.csv")
+        found["along_training"] = table = read_study(folder / "along_training.csv")
         plots.save(plots.along_training(table), table, folder / "along_training")
     if is_file(folder / "scores.csv"):
-        table = pd.read_csv(folder / "scores.csv")
+        found["scores"] = table = pd.read_csv(folder / "scores.csv")
         plots.save(plots.scores(table), table, folder / "scores")
     if not found:
         raise InputError(f"{folder} holds no table of a study: run one of its grids first")
