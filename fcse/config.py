@@ -172,6 +172,7 @@ def _of_part(part: Any) -> dict[str, Any]:
         return parameters(part)
     own = parameters(part)
     if not type(part).__module__.startswith(f"{methods.__name__}."):
+        own = json.loads(json.dumps(own, default=repr))  # as it comes back from a record
         own |= {"printed": objectives.name(part), "code": objectives.code(type(part))}
     return {f"{key(part)}.{k}": v for k, v in own.items()}
 
