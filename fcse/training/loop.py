@@ -115,7 +115,6 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
     bar = tqdm(
         drawn, config.run_name, config.steps, initial=progress.step, unit="step", disable=not first
     )
-    bar.disable = not first
     for step, rows in enumerate(bar, start=progress.step + 1):
         for method in acting:
             method.before_step(step)
