@@ -1,5 +1,7 @@
-"""The neighbours in training: by name, together, switched off, and after a kill."""
+"""The methods in training: by name, together, switched off, after a kill, and from old records."""
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -7,18 +9,42 @@ import pytest
 import torch
 from conftest import one_line_refusal
 
-from fcse import losses, plots
-from fcse.config import TrainConfig
-from fcse.corpora import TokenizedCorpus
+from fcse import losses, methods, plots
+from fcse.config import TrainConfig, configured, recorded
 from fcse.encoder import SentenceEncoder
-from fcse.grid import canonical
-from fcse.neighbours.batches import Batches, embed
-from fcse.neighbours.options import OFF, SETTINGS
-from fcse.report import load_runs
-from fcse.training import train
+from fcse.methods import Start
+from fcse.methods.adap_acse import AdapACSE
+from fcse.methods.cards import CARDS
+from fcse.methods.core_tuning import CoreTuning
+from fcse.methods.diffcse import DiffCSE
+from fcse.methods.ifnd import IFND
+from fcse.methods.sscl import SSCL
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
+from fcse.study.grid import read_grid
+from fcse.study.report import load_runs
+from fcse.training import load_run, train
+from fcse.training.batches import compare, items, loss_of, make_batch, views
+from fcse.training.corpora import TokenizedCorpus
 
-TOGETHER = {"layers": 2, "neighbours": 3, "acceptance": 0.8, "clusters": 5, "cluster_steps": 2}
-"""Settings that change different things, all at once."""
+AUTHORS = {
+    "sscl": SSCL(layers=1),
+    "cards": CARDS(neighbours=8, case_switch=0.0),
+    "diffcse": DiffCSE(detection=0.005),
+    "adap_acse": AdapACSE(margin=0.05),
+    "ifnd": IFND(acceptance=0.5),
+    "core_tuning": CoreTuning(focal_weight=True, mixing=True),
+}
+"""What each name stands for."""
+OFF = {
+    "sscl": {"sscl.layers": 0},
+    "cards": {"cards.neighbours": 0},
+    "diffcse": {"diffcse.detection": 0},
+    "adap_acse": {"adap_acse.margin": 0, "adap_acse.teacher": "somewhere/else"},
+    "ifnd": {"ifnd.acceptance": 0},
+    "core_tuning": {"core_tuning.focal_weight": False, "core_tuning.mixing": False},
+}
+TOGETHER = (SSCL(2), CARDS(3), IFND(0.8, clusters=5, cluster_steps=2))
+"""Methods that change different things, all at once."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,81 +53,75 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
-def config(tiny_model, small_corpus, tmp_path):
-    return TrainConfig(
-        objective="info_nce",
-        encoder=str(tiny_model("bert")),
-        corpus=str(small_corpus),
-        batch_size=8,
-        steps=6,
-        learning_rate=1e-3,
-        max_length=16,
-        eval_steps=3,
-        clusters=5,
-        cluster_steps=2,
-        teacher=str(tiny_model("bert")),
-        precision="float32",
-        output=str(tmp_path / "run"),
-    )
+def config(tiny_config, tmp_path):
+    return tiny_config(tmp_path / "run", objective="info_nce")
+
+
+@pytest.fixture
+def margin(tiny_model):
+    return AdapACSE(0.05, teacher=str(tiny_model("bert")))
 
 
 def elsewhere(config, tmp_path, name, **changes):
     return replace(config, output=str(tmp_path / name), **changes)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_name_stands_for_its_settings(config, tmp_path, name):
+def test_every_method_of_the_kit_has_its_authors_values():
+    assert {name: methods.method(name)() for name in methods.names()} == AUTHORS
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_a_name_stands_for_its_settings(config, name):
+    by_name = replace(config, objective=name)
+    assert by_name.methods == (AUTHORS[name],)
+    assert by_name.objective == InfoNCE()
+    assert by_name == replace(config, methods=(AUTHORS[name],))
+    assert by_name.settings["objective"] == f"info_nce+{name}"
+    beside = replace(config, objective=f"focal_info_nce+{name}")
+    assert beside == replace(config, objective=FocalInfoNCE(), methods=(AUTHORS[name],))
+    for off in (OFF[name], {"objective": name} | OFF[name]):
+        assert configured(config, off) == config
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_each_method_changes_what_is_learned(config, tmp_path, name, margin):
     # Two clusters and half a corpus a batch: three kept labels in it are enough for a pair.
-    config = replace(config, batch_size=20, clusters=2, cluster_steps=1)
-    by_name = train(replace(config, objective=name))
-    set_ = elsewhere(config, tmp_path, "set", **SETTINGS[name])
-    assert by_name.config.key == set_.key == name
-    assert train(set_).losses == by_name.losses
-    plain = train(elsewhere(config, tmp_path, "plain"))
-    assert by_name.losses != plain.losses
-    off = elsewhere(config, tmp_path, "off", objective=name, **{k: OFF[k] for k in SETTINGS[name]})
-    assert off.key == "info_nce"
-    assert train(off).losses == plain.losses
-
-
-def test_a_grid_knows_a_name_from_its_settings(config):
-    for name, settings in SETTINGS.items():
-        by_name = canonical(replace(config, objective=name))
-        assert by_name == canonical(replace(config, **settings))
-        assert by_name.key == name
-        assert by_name != canonical(config)
-    off = replace(config, objective="adap_acse", margin=0.0, teacher="somewhere/else")
-    assert canonical(off) == canonical(replace(config, teacher="minilm"))
+    small = {"ifnd": IFND(clusters=2, cluster_steps=1), "adap_acse": margin}
+    config = replace(config, batch_size=20)
+    on = train(replace(config, methods=(small.get(name, AUTHORS[name]),)))
+    assert on.losses != train(elsewhere(config, tmp_path, "plain")).losses
+    assert np.isfinite(on.losses).all()
 
 
 def test_a_report_sets_them_side_by_side(config, tmp_path):
-    for name in ("info_nce", "sscl", "focal_info_nce"):
-        train(elsewhere(config, tmp_path, name, objective=name))
-    train(elsewhere(config, tmp_path, "both", objective="focal_info_nce", layers=1))
-    train(elsewhere(config, tmp_path, "two", objective="sscl", layers=2))
+    train(elsewhere(config, tmp_path, "plain"))
+    for layers in (1, 2):
+        train(elsewhere(config, tmp_path, f"sscl{layers}", methods=(SSCL(layers),)))
+    focal = replace(config, objective="focal_info_nce")
+    train(elsewhere(focal, tmp_path, "focal"))
+    train(elsewhere(focal, tmp_path, "both", methods=(SSCL(),)))
     runs = load_runs(tmp_path)
-    known = runs[runs["folder"].map(lambda path: path.name) != "two"]
-    assert known["settings"].nunique() == 1
-    assert known["objective"].tolist() == [
-        "info_nce",
-        "focal_info_nce",
-        "focal_info_nce+sscl",
-        "sscl",
-    ]
-    assert runs["settings"].nunique() == 2
-    assert plots.NAMES["focal_info_nce+sscl"] == "Focal-InfoNCE + SSCL"
-    assert plots.COLOURS["focal_info_nce+sscl"] != plots.COLOURS["focal_info_nce"]
+    assert set(runs["settings"]) == {""}
+    assert runs.set_index("name")["folder"].map(lambda path: path.name).to_dict() == {
+        "InfoNCE": "plain",
+        "Focal-InfoNCE": "focal",
+        "InfoNCE + SSCL": "sscl1",
+        "InfoNCE + SSCL (layers=2)": "sscl2",
+        "Focal-InfoNCE + SSCL": "both",
+    }
+    assert runs["name"].tolist()[:2] == ["InfoNCE", "Focal-InfoNCE"]
+    assert plots.style("Focal-InfoNCE + SSCL").colour != plots.style("Focal-InfoNCE").colour
 
 
-def test_they_combine_with_each_other_and_the_modulation(config):
-    run = train(replace(config, objective="focal_info_nce", margin=0.05, **TOGETHER))
-    assert run.config.key == "focal_info_nce+sscl+cards+adap_acse+ifnd"
+def test_they_combine_with_each_other_and_the_modulation(config, margin):
+    run = train(replace(config, objective="focal_info_nce", methods=(*TOGETHER, margin)))
+    assert run.config.settings["objective"] == "focal_info_nce+adap_acse+cards+ifnd+sscl"
     assert np.isfinite(run.losses).all()
     assert run.record["weights"]["first"] != run.record["weights"]["last"]
 
 
 def test_a_run_with_labels_goes_on_as_undisturbed(config, tmp_path):
-    together = replace(config, **TOGETHER)
+    together = replace(config, methods=TOGETHER)
     undisturbed = train(elsewhere(together, tmp_path, "undisturbed"))
 
     def stop(step, encoder):
@@ -115,8 +135,9 @@ def test_a_run_with_labels_goes_on_as_undisturbed(config, tmp_path):
     assert again.record["weights"] == undisturbed.record["weights"]
 
 
-def test_micro_batches_give_the_same_losses(config, still_model, tmp_path):
-    still = replace(config, encoder=str(still_model), margin=0.1, **TOGETHER)
+def test_micro_batches_give_the_same_losses(config, still_model, tmp_path, margin):
+    margin = replace(margin, margin=0.1)
+    still = replace(config, encoder=str(still_model), methods=(*TOGETHER, margin))
     whole = train(still)
     parts = train(elsewhere(still, tmp_path, "parts", micro_batch_size=3))
     assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
@@ -124,56 +145,61 @@ def test_micro_batches_give_the_same_losses(config, still_model, tmp_path):
 
 @pytest.fixture
 def made(config):
-    """Settings -> the encoder, its corpus and its batches."""
+    """Methods -> the encoder, its corpus, what acts, and step -> batch of the first eight."""
 
-    def make(**changes):
-        changed = replace(config, **changes)
+    def make(*on, **changes):
+        changed = replace(config, methods=on, **changes)
         encoder = SentenceEncoder.from_pretrained(changed.encoder, "cls", 0)
         corpus = TokenizedCorpus.load(changed.corpus, encoder, changed.max_length)
-        return encoder, corpus, Batches(changed, encoder, corpus)
+        start = Start(changed, encoder, corpus)
+        acting = {method.key: method.begin(start) for method in on}
+
+        def batch(step):
+            return make_batch(changed, corpus, acting, step, np.arange(8))
+
+        return encoder, corpus, acting, batch
 
     return make
 
 
 def test_plain_batches_hold_nothing_more(made):
-    _, corpus, batches = made()
-    rows = np.arange(8)
-    batch = batches.at(1, rows)
-    assert batch.sentences == corpus.batch(rows)[0]
-    assert batch.teacher is None
-    assert batch.sentence_ids is None
-    assert all(item[1:] == (None, None) for item in batch.items)
+    _, corpus, _, batch = made()
+    plain = batch(1)
+    texts, token_ids = corpus.batch(np.arange(8))
+    assert plain.sentences.texts == texts
+    assert items(plain) == [(ids, None) for ids in token_ids]
+    assert (plain.second, plain.places, plain.labels, plain.masked_pairs) == (None, {}, (), 0)
+    vectors = torch.eye(8)
+    assert compare(plain, 0, vectors, vectors).numbers() is None
 
 
 def test_retrieved_negatives_are_near_and_others(made):
-    encoder, corpus, batches = made(neighbours=3)
-    unit = embed(encoder, corpus).astype(np.float64)
+    encoder, corpus, _, batch = made(CARDS(3))
+    unit = corpus.embed(encoder).astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -2)
     third = np.sort(cosines, axis=1)[:, -3]
     _, token_ids = corpus.batch(np.arange(len(corpus)))
-    rows = np.arange(8)
     drawn = set()
     for step in range(1, 20):
-        for row, item in zip(rows, batches.at(step, rows).items, strict=True):
-            found = token_ids.index(item.retrieved)
+        for row, (_, _, retrieved) in enumerate(items(batch(step))):
+            found = token_ids.index(retrieved)
             assert cosines[row, found] >= third[row] - 1e-3
             drawn.add((row, found))
-    assert len(drawn) > len(rows), "always the same neighbour"
-    again = made(neighbours=3)[2]
-    assert again.at(7, rows).items == batches.at(7, rows).items
+    assert len(drawn) > 8, "always the same neighbour"
+    assert items(made(CARDS(3))[-1](7)) == items(batch(7))
 
 
 def test_labels_come_with_time_and_mask_their_pairs(made):
-    encoder, corpus, batches = made(acceptance=0.8)
-    rows = np.arange(8)
-    batches.cluster(1, encoder)
-    assert batches.labels is None
-    batches.cluster(5, encoder)
-    labels = batches.labels
+    _, corpus, acting, batch = made(IFND(0.8, clusters=5, cluster_steps=2))
+    method = acting["ifnd"]
+    method.before_step(1)
+    assert method.labels is None
+    method.before_step(5)
+    labels = method.labels
     assert (labels >= 0).sum() == int(0.8 * 4 / 6 * len(corpus))
-    ids = batches.at(5, rows).sentence_ids[-1]
+    (ids,) = batch(5).labels
     for i in range(8):
         for j in range(8):
             same = i == j or (labels[i] >= 0 and labels[i] == labels[j])
@@ -181,18 +207,18 @@ def test_labels_come_with_time_and_mask_their_pairs(made):
 
 
 def test_case_is_switched_in_the_second_view_alone(made, tiny_model):
-    encoder, _, batches = made(encoder=str(tiny_model("roberta")), case_switch=1.0)
-    batch = batches.at(1, np.arange(8))
-    for sentence, item in zip(batch.sentences, batch.items, strict=True):
+    encoder, _, _, batch = made(CARDS(0, case_switch=1.0), encoder=str(tiny_model("roberta")))
+    switched = batch(1)
+    for sentence, (own, second) in zip(switched.sentences.texts, items(switched), strict=True):
         (plain,) = encoder.tokenize([sentence], 16)
-        assert item.token_ids == plain
-        assert item.second != plain
-        swapped = encoder.tokenizer.decode(item.second, skip_special_tokens=True)
+        assert own == plain
+        assert second != plain
+        swapped = encoder.tokenizer.decode(second, skip_special_tokens=True)
         assert swapped.strip()[0] == sentence[0].swapcase()
 
 
-def test_lower_layers_go_through_the_same_head(config, made):
-    encoder, corpus, _ = made()
+def test_lower_layers_go_through_the_same_head(made):
+    encoder, corpus, _, _ = made()
     encoder.eval()
     token_ids = corpus.batch(np.arange(8))[1]
     with torch.no_grad():
@@ -207,15 +233,14 @@ def test_lower_layers_go_through_the_same_head(config, made):
                     torch.testing.assert_close(lower[i, view + layer - 1], expected)
 
 
-def test_the_loss_with_lower_layers_is_the_mean_of_two(config, made):
-    from fcse.training import _loss
-
-    encoder, _, batches = made(layers=1)
+def test_the_loss_with_lower_layers_is_the_mean_of_two(made):
+    encoder, _, acting, batch = made(SSCL(1))
     encoder.eval()
-    batch = batches.at(1, np.arange(8))
+    assert acting["sscl"].layers == 1
     with torch.no_grad():
-        u, v, lower = encoder([item.token_ids for item in batch.items], layers=1)
-        found = _loss(batches.config, batch, u, v, lower)
+        u, v, lower = views(encoder, 1, nullcontext(), items(batch(1)))
+        compared = compare(batch(1), 1, u, v, lower)
+        found = loss_of(InfoNCE(), [*acting.values()], nullcontext(), compared)
         plain = losses.info_nce(losses.similarity_matrix(u, v))
         more = torch.cat([v, lower.flatten(0, 1)])
         extended = losses.info_nce(losses.similarity_matrix(u, more))
@@ -224,30 +249,143 @@ def test_the_loss_with_lower_layers_is_the_mean_of_two(config, made):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("method", "message"),
     [
-        ({"neighbours": 40}, "k must be from 1 to"),
-        ({"acceptance": 0.5, "clusters": 41}, "clusters must be at most 40"),
-        ({"case_switch": 0.1}, "needs a cased vocabulary"),
-        ({"margin": 0.1, "teacher": "no/such/teacher"}, "no/such/teacher"),
-        ({"layers": 3}, "layers"),
+        (CARDS(40), "k must be from 1 to"),
+        (IFND(clusters=41), r"ifnd\.clusters must be at most 40"),
+        (CARDS(0, 0.1), "needs a cased vocabulary"),
+        (AdapACSE(teacher="no/such/teacher"), "no/such/teacher"),
+        (SSCL(3), r"sscl\.layers must be at most 2"),
     ],
+    ids=str,
 )
-def test_what_cannot_be_is_one_line(config, changes, message):
+def test_what_cannot_be_is_one_line(config, method, message):
     with one_line_refusal(message):
-        train(replace(config, **changes))
+        train(replace(config, methods=(method,)))
+    assert not config.folder.exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("settings", "message"),
     [
-        ({"mixing": True, "layers": 1}, "mixing takes each row's own negatives"),
-        ({"detection": 0.005, "micro_batch_size": 4}, "detection needs a batch in one pass"),
-        ({"acceptance": 1.5}, "acceptance must lie between 0 and 1"),
-        ({"margin": 2.0}, "margin must be an angle from 0 to below pi/2"),
-        ({"layers": -1}, "layers must be at least 0"),
+        (
+            {"core_tuning.mixing": True, "sscl.layers": 1},
+            r"core_tuning\.mixing takes each row's own negatives, sscl\.layers adds some",
+        ),
+        (
+            {"diffcse.detection": 0.005, "micro_batch_size": 4},
+            r"diffcse\.detection needs a batch in one pass",
+        ),
+        ({"ifnd.acceptance": 1.5}, r"ifnd\.acceptance must lie between 0 and 1"),
+        ({"adap_acse.margin": 2.0}, r"adap_acse\.margin must be .* of at least 0 and below 1\.57"),
+        ({"sscl.layers": -1}, r"sscl\.layers must be .* of at least 0"),
+        ({"sscl.layer": 1}, r"unknown key 'sscl\.layer': did you mean layers\?"),
+        ({"sscl.layers": "one"}, r"sscl\.layers must be a whole number, got 'one'"),
+        ({"no_such.setting": 1}, "unknown method 'no_such': choose from adap_acse, cards"),
+        ({"objective": "sscl+info_nce+focal_info_nce"}, "names 2 objectives: choose one"),
+        ({"objective": "sscl+none_such"}, "unknown objective 'none_such'"),
     ],
+    ids=str,
 )
-def test_what_does_not_go_together_is_one_line(config, changes, message):
+def test_what_does_not_go_together_is_one_line(config, settings, message):
     with one_line_refusal(message):
-        replace(config, **changes)
+        configured(config, settings)
+
+
+NEUTRAL = {
+    "layers": None,
+    "neighbours": None,
+    "case_switch": None,
+    "detection": None,
+    "generator": None,
+    "margin": None,
+    "teacher": "minilm",
+    "acceptance": None,
+    "clusters": 500,
+    "cluster_steps": None,
+    "focal_weight": None,
+    "mixing": None,
+}
+"""The methods' settings in a record of before they had names of their own, none of them on."""
+
+
+def old(config, objective, **changes):
+    """Such a record, with all parameters of all objectives in it."""
+    parameters = {"temperature": 0.05, "m": 0.3, "modulate": "both", "stop_gradient": False}
+    return config.settings | parameters | {"alpha": 9.0, "objective": objective} | NEUTRAL | changes
+
+
+@pytest.mark.parametrize(
+    ("record", "objective", "on"),
+    [
+        *(({"objective": name}, InfoNCE(), (value,)) for name, value in AUTHORS.items()),
+        ({"objective": "info_nce"}, InfoNCE(), ()),
+        ({"objective": "focal_info_nce", "m": 0.1, "alpha": 2.0}, FocalInfoNCE(m=0.1), ()),
+        ({"objective": "hardness_info_nce", "alpha": 2.0}, HardnessInfoNCE(alpha=2.0), ()),
+        ({"objective": "focal_info_nce", "modulate": "none"}, InfoNCE(), ()),
+        ({"objective": "info_nce", "layers": 2}, InfoNCE(), (SSCL(2),)),
+        ({"objective": "sscl", "layers": 2, "temperature": 0.1}, InfoNCE(0.1), (SSCL(2),)),
+        ({"objective": "sscl", "layers": 0}, InfoNCE(), ()),
+        ({"objective": "info_nce", "neighbours": 3}, InfoNCE(), (CARDS(3),)),
+        ({"objective": "info_nce", "case_switch": 0.2}, InfoNCE(), (CARDS(0, 0.2),)),
+        ({"objective": "cards", "case_switch": 0.2}, InfoNCE(), (CARDS(8, 0.2),)),
+        ({"objective": "info_nce", "detection": 0.1}, InfoNCE(), (DiffCSE(0.1),)),
+        ({"objective": "diffcse", "generator": "x"}, InfoNCE(), (DiffCSE(generator="x"),)),
+        ({"objective": "info_nce", "margin": 0.1}, InfoNCE(), (AdapACSE(0.1),)),
+        ({"objective": "adap_acse", "teacher": "x"}, InfoNCE(), (AdapACSE(teacher="x"),)),
+        (
+            {"objective": "ifnd", "clusters": 5, "cluster_steps": 2},
+            InfoNCE(),
+            (IFND(0.5, 5, 2),),
+        ),
+        ({"objective": "info_nce", "focal_weight": True}, InfoNCE(), (CoreTuning(mixing=False),)),
+        ({"objective": "core_tuning", "focal_weight": False}, InfoNCE(), (CoreTuning(False),)),
+        (
+            {"objective": "focal_info_nce", "layers": 1, "neighbours": 3, "acceptance": 0.5},
+            FocalInfoNCE(),
+            (CARDS(3), IFND(0.5), SSCL()),
+        ),
+        (
+            {"objective": "sscl", "margin": 0.1, "focal_weight": True, "detection": 0.1},
+            InfoNCE(),
+            (AdapACSE(0.1), CoreTuning(mixing=False), DiffCSE(0.1), SSCL()),
+        ),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_a_record_of_before_methods_had_settings_is_read(record, objective, on):
+    found = recorded(old(TrainConfig(), **record))
+    assert found == TrainConfig(objective=objective, methods=on)
+
+
+def test_a_run_of_before_methods_had_settings_is_loaded(config, tmp_path):
+    run = train(replace(config, methods=(SSCL(),)))
+    path = run.folder / "run.json"
+    record = json.loads(path.read_text())
+    record["config"] = old(config, "sscl", temperature=0.05)
+    path.write_text(json.dumps(record))
+    assert load_run(run.config).losses == run.losses
+    assert load_runs(tmp_path)["name"].tolist() == ["InfoNCE + SSCL"]
+    with one_line_refusal(r"another run .*sscl\.layers"):
+        load_run(replace(run.config, methods=(SSCL(2),)))
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_setting_by_its_old_name_is_refused_with_the_new_one(name, tmp_path):
+    (method,) = [key for key, value in AUTHORS.items() if hasattr(value, name)]
+    with one_line_refusal(f"write {method}.{name}$"):
+        configured(TrainConfig(), {name: 1})
+    path = tmp_path / "grid.toml"
+    for text in (f"{name} = 1\n[[runs]]\nseed = 0", f"[[runs]]\n{name} = 1"):
+        path.write_text(text)
+        with one_line_refusal(f"write {method}.{name}"):
+            read_grid(path, tmp_path / "grid")
+
+
+@pytest.mark.parametrize("written", ["sscl.layers = 2", "[runs.sscl]\nlayers = 2"])
+def test_toml_names_a_methods_settings_by_its_key(written, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(f"objective = 'info_nce'\n[[runs]]\n{written}")
+    (run,) = read_grid(path, tmp_path / "grid").runs
+    assert run.methods == (SSCL(2),)
+    assert run.objective == InfoNCE()

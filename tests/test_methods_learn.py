@@ -1,25 +1,27 @@
-"""Each neighbour, and several at once, learns: real weights, real text, real human judgements."""
+"""Each method, and several at once, learns: real weights, real text, real human judgements."""
 
 import os
 from dataclasses import replace
 
 import pytest
 
-from fcse.data import load_corpus, load_sts
+from fcse import methods
+from fcse.config import configured
+from fcse.data import load_corpus, load_sts, spread
 from fcse.evaluation import judge
-from fcse.neighbours.options import SETTINGS
 from fcse.recipes import recipe
 from fcse.training import train
 
-TOGETHER = {"objective": "focal_info_nce", "layers": 1, "neighbours": 8, "acceptance": 0.5}
+TOGETHER = "focal_info_nce+sscl+cards+ifnd"
+SMALL = {"ifnd.clusters": 50, "ifnd.cluster_steps": 4}
+"""As many clusters as eight hundred sentences take."""
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Eight hundred sentences from all over the packaged corpus."""
-    sentences = load_corpus("wiki-mini")
     path = tmp_path_factory.mktemp("corpus") / "wiki.txt"
-    path.write_text("\n".join(sentences[:: len(sentences) // 800][:800]), encoding="utf-8")
+    path.write_text("\n".join(spread(load_corpus("wiki-mini"), 800)), encoding="utf-8")
     return path
 
 
@@ -39,17 +41,14 @@ def untrained(judged, minilm):
     return judge(minilm, judged)["spearman"]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [*({"objective": name} for name in SETTINGS), TOGETHER],
-    ids=lambda settings: settings["objective"],
-)
+@pytest.mark.parametrize("objective", [*methods.names(), TOGETHER])
 def test_a_short_run_agrees_more_with_people(
-    settings, corpus, judged, untrained, tmp_path, monkeypatch
+    objective, corpus, judged, untrained, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FCSE_SENTEVAL")  # else the run scores every pair twice, on its own
     short = replace(recipe("minilm-short"), steps=8, eval_steps=8, learning_rate=1e-4)
-    data = {"corpus": str(corpus), "clusters": 50, "cluster_steps": 4}
-    run = train(replace(short, **data, output=str(tmp_path / "run"), **settings))
+    settings = {"objective": objective, "corpus": str(corpus)}
+    config = configured(short, settings | (SMALL if "ifnd" in objective else {}))
+    run = train(replace(config, output=str(tmp_path / "run")))
     assert judge(run.encoder, judged)["spearman"] > untrained + 1
