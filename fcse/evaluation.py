@@ -19,20 +19,16 @@ _BLOCK = 2048
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
-    """Spearman's rank correlation of two (n,) sequences, ties averaged: -1 to 1.
-
-    NaN when either is constant.
-    """
+    """Spearman's rank correlation of two (n,), ties averaged: -1 to 1, NaN if one is constant."""
     return float(scipy.stats.spearmanr(x, y).statistic)
 
 
 def embed_pairs(
     encoder: SentenceEncoder, tasks: Sequence[SentencePairs]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Unit-length embeddings of both sides of each task; each distinct sentence is encoded once.
+    """For each task u, v: unit-length embeddings (n, D) float32 of both sides, row i of pair i.
 
-    Returns:
-        For each task u, v: (n, D) float32 each, row i of both is pair i.
+    Each distinct sentence is encoded once.
     """
     row: dict[str, int] = {}
     for pairs in tasks:
@@ -86,42 +82,38 @@ def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
 
 def judge_tasks(encoder: SentenceEncoder, tasks: Sequence[SentencePairs]) -> list[dict[str, float]]:
     """`judge` for each task, every distinct sentence of all of them encoded once."""
-    return [
-        _judge(u, v, pairs)
-        for (u, v), pairs in zip(embed_pairs(encoder, tasks), tasks, strict=True)
-    ]
-
-
-def _judge(u: np.ndarray, v: np.ndarray, pairs: SentencePairs) -> dict[str, float]:
-    positive = pairs.gold > 0.8 * pairs.maximum
-    distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
-    return {
-        "spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold),
-        "alignment": alignment(u[positive], v[positive]),
-        "uniformity": uniformity(np.concatenate([u, v])[distinct]),
-    }
+    results = []
+    for (u, v), pairs in zip(embed_pairs(encoder, tasks), tasks, strict=True):
+        positive = pairs.gold > 0.8 * pairs.maximum
+        distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
+        results.append(
+            {
+                "spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold),
+                "alignment": alignment(u[positive], v[positive]),
+                "uniformity": uniformity(np.concatenate([u, v])[distinct]),
+            }
+        )
+    return results
 
 
 def alignment(u: Tensor | np.ndarray, v: Tensor | np.ndarray) -> float:
-    """Mean squared distance of positive pairs on the unit sphere: E ||u - v||^2, 0 to 4.
+    """Mean squared distance of positive pairs, (n, D) float each, on the unit sphere: 0 to 4.
 
-    Lower is better. Wang & Isola 2020 with alpha = 2. What makes published values differ:
+    Lower is better. Wang & Isola 2020, E ||u - v||^2 (alpha = 2). What makes published values
+    differ:
 
     - Inputs are scaled to unit length here, so ||u - v||^2 = 2 - 2 cos(u, v); the distance itself
       (alpha = 1) gives another number.
     - SimCSE (Gao et al. 2021, figure 2) and Focal-InfoNCE take the STS-B pairs that people score
       above 4 of 5 as positives, 4 itself excluded, and embeddings without dropout and head: see
       `judge`. Two dropout views of one sentence give far lower values.
-
-    Args:
-        u, v: (n, D) float, row i of both is a positive pair.
     """
     u, v = _unit(u), _unit(v)
     return float((u - v).square().sum(dim=1).double().mean())
 
 
 def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
-    """log E exp(-t ||x - y||^2) over all pairs of distinct rows; 0 for a single point.
+    """log E exp(-t ||x - y||^2) over the pairs of rows of (n, D) float, n >= 2; 0 if all are one.
 
     Lower is better. Wang & Isola 2020 with t = 2. What makes published values differ:
 
@@ -131,25 +123,17 @@ def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
     - SimCSE (Gao et al. 2021, figure 2) and Focal-InfoNCE take all sentences of STS-B, not the
       positives alone, without dropout and head: see `judge`.
     - The logarithm is taken of the mean over all pairs, not averaged over batches.
-
-    Squares of the similarity matrix are summed one at a time, in float64, so that memory grows
-    with n and not with its square.
-
-    Args:
-        x: (n, D) float, n >= 2.
-        t: > 0.
     """
     x = _unit(x)
-    n = len(x)
     blocks = x.split(_BLOCK)
-    total = 0.0
+    total = 0.0  # square by square, in float64, so that memory grows with n and not with its square
     for i, rows in enumerate(blocks):
         for j, columns in enumerate(blocks[: i + 1]):
             kernel = (rows @ columns.T).mul_(-2).add_(2).clamp_(min=0).mul_(-t).exp_()
             if i == j:
                 kernel.fill_diagonal_(0)  # a point with itself is no pair
             total += (1 if i == j else 2) * float(kernel.sum(dtype=torch.float64))
-    return float(np.log(total / (n * (n - 1))))
+    return float(np.log(total / (len(x) * (len(x) - 1))))
 
 
 def _unit(x: Tensor | np.ndarray) -> Tensor:
@@ -162,9 +146,8 @@ def score(encoder: SentenceEncoder, judged: dict[str, SentencePairs]) -> dict[st
     scores = {}
     for name, pairs in judged.items():
         result = judge(encoder, pairs)
-        scores[name] = result["spearman"]
-        scores[f"{name}_alignment"] = result["alignment"]
-        scores[f"{name}_uniformity"] = result["uniformity"]
+        scores[name] = result.pop("spearman")
+        scores |= {f"{name}_{measure}": value for measure, value in result.items()}
     return scores
 
 

@@ -61,7 +61,7 @@ def compare(
     Tibshirani 1993, chapter 13); p is twice the share of resampled differences beyond 0.
 
     Args:
-        a, b: the encoders; the difference is b - a.
+        a, b: the difference is b - a.
         task: judged pairs, from `load_sts` or `load_lee`; parts are taken together ("all").
         resamples: bootstrap draws, at least 100.
         confidence: of the interval, between 0 and 1.
@@ -83,16 +83,15 @@ def compare_tasks(
 ) -> list[Comparison]:
     """`compare` for each task, and last for the mean over the tasks, each resampled by itself."""
     check_bootstrap(resamples, confidence)
+    said = zip(pair_similarities(a, tasks), pair_similarities(b, tasks), tasks, strict=True)
     drawn, differences, results = [], [], []
-    for i, (x, y, pairs) in enumerate(
-        zip(pair_similarities(a, tasks), pair_similarities(b, tasks), tasks, strict=True)
-    ):
+    for i, (x, y, pairs) in enumerate(said):
         drawn.append(_bootstrap(x, y, pairs.gold, resamples, seed + i))
         differences.append(float(_difference(x, y, pairs.gold)))
         results.append(_comparison(differences[i], drawn[i], len(pairs), confidence))
-    mean = np.mean(drawn, axis=0)
     n = sum(len(pairs) for pairs in tasks)
-    return [*results, _comparison(float(np.mean(differences)), mean, n, confidence)]
+    mean = float(np.mean(differences))
+    return [*results, _comparison(mean, np.mean(drawn, axis=0), n, confidence)]
 
 
 def check_bootstrap(resamples: int, confidence: float) -> None:
@@ -149,10 +148,8 @@ def summarise_seeds(scores: Sequence[float], confidence: float = 0.95) -> SeedSu
     x = np.asarray(scores, dtype=float)
     if len(x) < 2:
         raise InputError(f"{len(x)} seed says nothing about the spread: run at least 2")
-    interval = scipy.stats.ttest_1samp(x, 0).confidence_interval(confidence)
-    return SeedSummary(
-        float(x.mean()), float(x.std(ddof=1)), float(interval.low), float(interval.high), len(x)
-    )
+    low, high = map(float, scipy.stats.ttest_1samp(x, 0).confidence_interval(confidence))
+    return SeedSummary(float(x.mean()), float(x.std(ddof=1)), low, high, len(x))
 
 
 def compare_seeds(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Comparison:
@@ -166,16 +163,9 @@ def compare_seeds(a: Sequence[float], b: Sequence[float], confidence: float = 0.
     if len(a) != len(b) or len(a) < 2:
         raise InputError(f"a paired test needs 2 or more common seeds, got {len(a)} and {len(b)}")
     test = scipy.stats.ttest_rel(b, a)
-    interval = test.confidence_interval(confidence)
+    low, high = map(float, test.confidence_interval(confidence))
     difference = float(np.mean(np.subtract(b, a)))
-    return Comparison(
-        difference,
-        float(interval.low),
-        float(interval.high),
-        float(test.pvalue),
-        len(a),
-        confidence,
-    )
+    return Comparison(difference, low, high, float(test.pvalue), len(a), confidence)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -199,8 +189,7 @@ def seeds_needed(difference: float, sd: float, power: float = 0.8, confidence: f
     Args:
         difference: the true mean difference, not 0, in points.
         sd: > 0, standard deviation over seeds of the paired difference, in points.
-        power: between 0 and 1.
-        confidence: of the test, between 0 and 1.
+        power, confidence: of the test, between 0 and 1.
 
     Raises:
         InputError: a difference of 0, an sd that is not above 0, or more than 10,000 seeds.

@@ -80,20 +80,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Not pathlib's: that raises for what cannot be a path at all, a text or a name that is too long.
 def is_file(path: str | Path) -> bool:
-    """Whether a file is there; False also for what cannot be a path at all."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # too long, a null byte
-        return False
+    """Whether a file is there."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a folder is there; False also for what cannot be a path at all."""
-    try:
-        return Path(path).is_dir()
-    except (OSError, ValueError):
-        return False
+    """Whether a folder is there."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def runs_folder() -> Path:
