@@ -7,33 +7,27 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from fcse.plots.style import STYLE, STYLES, Picture, by, ends, line, new_axes, style
+from fcse.plots.style import STYLE, STYLES, Picture, by, ends, line, new_axes, point, style
 
 
 @plt.rc_context(STYLE)
 def scores(table: pd.DataFrame) -> Picture:
     """Score of each encoder on each judged task.
 
-    Args:
-        table: columns "encoder" (untrained, or the name of a loss), "task", "score" (100 x
-            Spearman).
+    table: columns "encoder" (untrained, or the name of a loss), "task", "score" (100 x Spearman).
     """
-    tasks = list(dict.fromkeys(table["task"]))
+    tasks = by(table, "task")
     figure, axes = new_axes(len(tasks), width=max(3.4, 0.9 * table["encoder"].nunique()))
-    for axis, task in zip(axes, tasks, strict=True):
-        rows = table[table["task"] == task]
-        for x, (encoder, score) in enumerate(zip(rows["encoder"], rows["score"], strict=True)):
-            axis.plot(x, score, style(encoder).marker, color=style(encoder).colour, markersize=10)
-            axis.annotate(
-                f"{score:.1f}", (x, score), (0, 9), textcoords="offset points", ha="center"
-            )
+    figure.alt = "Spearman × 100 with human judgements."
+    for axis, (task, rows) in zip(axes, tasks, strict=True):
+        scored = list(zip(rows["encoder"], rows["score"], strict=True))
+        for x, (name, y) in enumerate(scored):
+            axis.plot(x, y, ls="", markersize=10, **point(name))
+            axis.annotate(f"{y:.1f}", (x, y), (0, 9), textcoords="offset points", ha="center")
         axis.set_xticks(range(len(rows)), list(rows["encoder"]), rotation=20, ha="right")
         axis.set(title=task, ylabel="Spearman × 100")
         axis.margins(x=0.25, y=0.25)
-    figure.alt = "Spearman × 100 with human judgements. " + " ".join(
-        f"{task}: " + ", ".join(f"{row.encoder} {row.score:.1f}" for row in rows.itertuples()) + "."
-        for task, rows in by(table, "task")
-    )
+        figure.alt += f" {task}: {', '.join(f'{name} {y:.1f}' for name, y in scored)}."
     return figure
 
 
@@ -45,31 +39,26 @@ def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Picture:
         scores: columns "task", "name" of the loss, "seed", "score" (100 x Spearman).
         summary: columns "task", "name", "mean", "low", "high" (NaN draws no bar).
     """
-    tasks = list(dict.fromkeys(scores["task"]))
-    names = list(dict.fromkeys(scores["name"]))
+    tasks, names = by(scores, "task"), list(scores["name"].unique())
     figure, axes = new_axes(len(tasks), width=max(3.6, 1.3 * len(names)))
-    for axis, task in zip(axes, tasks, strict=True):
-        rows, means = (table[table["task"] == task] for table in (scores, summary))
+    figure.alt = "Spearman × 100 of every seed, the mean and its interval."
+    for axis, (task, rows) in zip(axes, tasks, strict=True):
         by_seed = rows.pivot_table(index="seed", columns="name", values="score")
         axis.plot(by_seed.reindex(columns=names).T.to_numpy(), color="0.8", lw=0.8, zorder=1)
-        for x, name in enumerate(names):
-            drawn = {"color": style(name).colour, "marker": style(name).marker}
-            points = rows.loc[rows["name"] == name, "score"]
-            axis.scatter([x] * len(points), points, s=28, alpha=0.6, lw=0, **drawn)
-            for mean in means[means["name"] == name].itertuples():
-                bar = [[mean.mean - mean.low], [mean.high - mean.mean]]
-                bar = None if np.isnan(bar).any() else bar
-                axis.errorbar(x + 0.2, mean.mean, bar, markersize=9, capsize=4, **drawn)
+        for name, points in by(rows, "name"):
+            y = points["score"]
+            axis.scatter([names.index(name)] * len(y), y, s=28, alpha=0.6, lw=0, **point(name))
+            span = f"{y.min():.1f} to {y.max():.1f} over {len(y)} seeds"
+            figure.alt += f" {task}, {name}: {span}, mean {y.mean():.1f}."
+        for row in summary[summary["task"] == task].itertuples():
+            bar = [[row.mean - row.low], [row.high - row.mean]]
+            bar = None if np.isnan(bar).any() else bar
+            x = names.index(row.name) + 0.2
+            axis.errorbar(x, row.mean, bar, markersize=9, capsize=4, **point(row.name))
         axis.set_xticks(range(len(names)), names)
         axis.set_xlim(-0.5, len(names) - 0.3)
         axis.set(title=task, ylabel="Spearman × 100")
     figure.suptitle("small: one seed (lines join equal seeds); large: mean, 95 % interval", size=10)
-    said = []
-    for (task, name), rows in scores.groupby(["task", "name"], sort=False):
-        points = rows["score"]
-        span = f"{points.min():.1f} to {points.max():.1f} over {len(points)} seeds"
-        said.append(f"{task}, {name}: {span}, mean {points.mean():.1f}.")
-    figure.alt = "Spearman × 100 of every seed, the mean and its interval. " + " ".join(said)
     return figure
 
 
@@ -78,61 +67,42 @@ def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, floa
     """Published averages and runs beside the spread that 50 seeds of SimCSE have.
 
     Args:
-        points: columns "backbone", "name" of the loss, "source" ("published" or a
-            run), "avg" (100 x Spearman, mean of the seven STS tasks).
+        points: columns "backbone", "name" of the loss, "source" ("published" or a run), "avg"
+            (100 x Spearman, mean of the seven STS tasks).
         noise: backbone -> "mean", "sd", "min", "max" of the seeds.
     """
-    backbones = list(dict.fromkeys(points["backbone"]))
+    backbones = by(points, "backbone")
     figure, (axes,) = new_axes(width=8, height=1.2 + 0.6 * len(backbones))
-    for y, backbone in enumerate(backbones):
-        if backbone in noise:
-            seeds = noise[backbone]
+    figure.alt = "Mean Spearman × 100 over the seven STS tasks, a row a backbone."
+    for y, (backbone, rows) in enumerate(backbones):
+        seeds = noise.get(backbone)
+        if seeds:
             axes.plot([seeds["min"], seeds["max"]], [y, y], color="0.6", lw=1.5, zorder=1)
             span = [seeds["mean"] - seeds["sd"], seeds["mean"] + seeds["sd"]]
             axes.plot(span, [y, y], color="0.75", lw=9, solid_capstyle="butt", zorder=1)
             axes.plot(seeds["mean"], y, "|", color="black", markersize=12, zorder=2)
-        for row in points[points["backbone"] == backbone].itertuples():
-            published = row.source == "published"
-            axes.plot(
-                row.avg,
-                y if published else y + 0.22,
-                style(row.name).marker,
-                color=style(row.name).colour,
-                markerfacecolor=style(row.name).colour if published else "white",
-                markersize=9 if published else 7,
-            )
-    axes.set_yticks(range(len(backbones)), backbones)
+        for row in rows.itertuples():
+            drawn = {"markersize": 9} | point(row.name)
+            if row.source != "published":
+                drawn |= {"markersize": 7, "markerfacecolor": "white"}
+            axes.plot(row.avg, y + 0.22 * (row.source != "published"), ls="", **drawn)
+        said = ", ".join(f"{row.name} {row.avg:.1f} ({row.source})" for row in rows.itertuples())
+        form = "; 50 seeds of InfoNCE: {mean:.1f} ± {sd:.1f}, {min:.1f} to {max:.1f}"
+        figure.alt += f" {backbone}: {said}{form.format(**seeds) if seeds else ''}."
+    axes.set_yticks(range(len(backbones)), [backbone for backbone, _ in backbones])
     axes.set(
         xlabel="mean Spearman × 100 over the seven STS tasks",
         ylabel="backbone",
         ylim=(len(backbones) - 0.4, -0.6),
     )
-    keys = list(dict.fromkeys(points["name"]))
-    handles = [
-        Line2D(
-            [], [], ls="", marker=style(k).marker, color=style(k).colour, label=f"{k}, published"
-        )
-        for k in keys
-    ]
-    handles.append(Line2D([], [], color="0.75", lw=9, label="InfoNCE, 50 seeds: mean ± sd"))
-    handles.append(Line2D([], [], color="0.6", lw=1.5, label="their range"))
+    legend = [{"ls": "", "label": f"{k}, published"} | point(k) for k in points["name"].unique()]
+    legend.append({"color": "0.75", "lw": 9, "label": "InfoNCE, 50 seeds: mean ± sd"})
+    legend.append({"color": "0.6", "lw": 1.5, "label": "their range"})
     if (points["source"] != "published").any():
-        handles.append(
-            Line2D([], [], ls="", marker="o", color="black", mfc="white", label="a run (open)")
-        )
+        run = {"marker": "o", "color": "black", "mfc": "white", "label": "a run (open)"}
+        legend.append({"ls": ""} | run)
+    handles = [Line2D([], [], **drawn) for drawn in legend]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
-    figure.alt = "Mean Spearman × 100 over the seven STS tasks, a row a backbone. " + " ".join(
-        f"{backbone}: "
-        + ", ".join(f"{row.name} {row.avg:.1f} ({row.source})" for row in rows.itertuples())
-        + (
-            "; 50 seeds of InfoNCE: {mean:.1f} ± {sd:.1f}, {min:.1f} to {max:.1f}.".format(
-                **noise[backbone]
-            )
-            if backbone in noise
-            else "."
-        )
-        for backbone, rows in by(points, "backbone")
-    )
     return figure
 
 
@@ -145,24 +115,16 @@ def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Picture:
         evaluations: columns "name", "step", "lee" (100 x Spearman).
     """
     figure, (left, right) = new_axes(2)
-    for name, rows in losses.groupby("name", sort=False):
+    figure.alt = "Loss (left) and Spearman × 100 on Lee's documents (right) over the steps."
+    for name, rows in by(losses, "name"):
         left.plot(rows["step"], rows["loss"], **line(name))
+        figure.alt += f" {name}: loss from {ends(rows['loss'], '.2g')} over {len(rows)} steps."
     left.set(xlabel="step", ylabel="loss [nats]", yscale="log")
-    for name, rows in evaluations.groupby("name", sort=False):
+    for name, rows in by(evaluations, "name"):
         right.plot(rows["step"], rows["lee"], marker=style(name).marker, **line(name))
+        figure.alt += f" {name}: Lee from {ends(rows['lee'], '.1f')}."
     right.set(xlabel="step", ylabel="Lee: Spearman × 100")
     left.legend()
-    figure.alt = "Loss (left) and Spearman × 100 on Lee's documents (right) over the steps. " + (
-        " ".join(
-            f"{name}: loss from {ends(rows['loss'], '.2g')} over {len(rows)} steps."
-            for name, rows in by(losses, "name")
-        )
-        + " "
-        + " ".join(
-            f"{name}: Lee from {ends(rows['lee'], '.1f')}."
-            for name, rows in by(evaluations, "name")
-        )
-    )
     return figure
 
 
@@ -177,46 +139,37 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
             `findings.contrasts`.
         title: what was run.
     """
-    scores = list(dict.fromkeys(table["score"]))
-    corpora = list(dict.fromkeys(table["corpus"]))
+    scores, corpora = by(table, "score"), list(table["corpus"].unique())
     shades = dict(zip(corpora, np.linspace(1, 0.45, len(corpora)), strict=True))
     pairs = list(dict.fromkeys(zip(table["name"], table["baseline"], strict=True)))
-    figure, axes = new_axes(
-        len(scores), width=5.6, height=1.2 + 0.42 * len(pairs) * len(corpora) ** 0.5
-    )
-    for axis, score in zip(axes, scores, strict=True):
+    height = 1.2 + 0.42 * len(pairs) * len(corpora) ** 0.5
+    figure, axes = new_axes(len(scores), width=5.6, height=height)
+    figure.suptitle(title, size=10)
+    figure.alt = f"{title}."
+    for axis, (score, rows) in zip(axes, scores, strict=True):
         axis.axvline(0, color="0.4", lw=1)
-        for row in table[table["score"] == score].itertuples():
+        for row in rows.itertuples():
             shift = corpora.index(row.corpus) - (len(corpora) - 1) / 2
+            y = pairs.index((row.name, row.baseline)) + 0.28 * shift
+            bar = [[row.difference - row.low], [row.high - row.difference]]
             other = row.name not in STYLES and " + " not in row.name
-            hollow = {"markerfacecolor": "white"} if other else {}
-            axis.errorbar(
-                row.difference,
-                pairs.index((row.name, row.baseline)) + 0.28 * shift,
-                xerr=[[row.difference - row.low], [row.high - row.difference]],
-                color=style(row.name).colour,
-                marker=style(row.name).marker,
-                markersize=8,
-                capsize=4,
-                linestyle="-",
-                alpha=shades[row.corpus],
-                **hollow,
-            )
+            drawn = point(row.name) | ({"markerfacecolor": "white"} if other else {})
+            drawn |= {"markersize": 8, "capsize": 4, "alpha": shades[row.corpus]}
+            axis.errorbar(row.difference, y, xerr=bar, linestyle="-", **drawn)
         axis.set_yticks(range(len(pairs)), [f"{a} − {b}" for a, b in pairs])
         axis.set_ylim(len(pairs) - 0.5, -0.5)
-        title_of_axis = "mean of the seven STS tasks" if score == "avg" else score
-        axis.set(title=title_of_axis, xlabel="difference in Spearman × 100")
+        what = "mean of the seven STS tasks" if score == "avg" else score
+        axis.set(title=what, xlabel="difference in Spearman × 100")
     for axis in axes[1:]:
         axis.set_yticklabels([])
     if len(corpora) > 1:
         lines = [Line2D([], [], color="black", alpha=shades[corpus]) for corpus in corpora]
         figure.legend(lines, corpora, title="trained on", loc="outside right center")
-    figure.suptitle(title, size=10)
-    figure.alt = f"{title}. " + " ".join(
-        f"{row.score}, {row.corpus}, {row.name} minus {row.baseline}: "
-        f"{row.difference:+.2f}, interval {row.low:+.2f} to {row.high:+.2f}."
-        for row in table.itertuples()
-    )
+    for row in table.itertuples():
+        figure.alt += (
+            f" {row.score}, {row.corpus}, {row.name} minus {row.baseline}: "
+            f"{row.difference:+.2f}, interval {row.low:+.2f} to {row.high:+.2f}."
+        )
     return figure
 
 
@@ -245,10 +198,8 @@ def surface(table: pd.DataFrame, title: str) -> Picture:
     figure.colorbar(image, ax=left, label="Spearman × 100")
     for (m, rows), shade in zip(grid.iterrows(), np.linspace(0.35, 1, len(grid)), strict=True):
         right.plot(grid.columns, rows, marker=".", alpha=shade, color=style("Focal-InfoNCE").colour)
-        right.annotate(
-            f"m = {m:g}", (grid.columns[-1], rows.iloc[-1]), (4, 0), size=8,
-            textcoords="offset points", va="center",
-        )  # fmt: skip
+        end = (grid.columns[-1], rows.iloc[-1])
+        right.annotate(f"m = {m:g}", end, (4, 0), size=8, textcoords="offset points", va="center")
     right.plot(plain["temperature"], plain["score"], marker="o", **line("InfoNCE"))
     right.plot([], [], color=style("Focal-InfoNCE").colour, label="Focal-InfoNCE")
     right.set_xscale("log")
@@ -283,11 +234,13 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
         title: what was run.
     """
     figure, (axes,) = new_axes(width=7.5)
+    figure.alt = f"{title}."
     for name, rows in by(table, "name"):
-        axes.plot(rows[setting], rows["score"], marker=style(name).marker, **line(name))
-        axes.fill_between(
-            rows[setting], rows["low"], rows["high"], color=style(name).colour, alpha=0.12, lw=0
-        )
+        x, y, colour = rows[setting], rows["score"], style(name).colour
+        axes.plot(x, y, marker=style(name).marker, **line(name))
+        axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.12, lw=0)
+        said = ", ".join(f"{score:.1f} at {at:g}" for at, score in zip(x, y, strict=True))
+        figure.alt += f" {name}: {said}."
     axes.set_xscale("log")
     ticks = sorted(table[setting].unique())
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -295,12 +248,6 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
     axes.set(xlabel=xlabel, ylabel="Spearman × 100", title=title)
     axes.title.set_size(10)
     figure.legend(loc="outside right center")
-    figure.alt = f"{title}. " + " ".join(
-        f"{name}: "
-        + ", ".join(f"{y:.1f} at {x:g}" for x, y in zip(rows[setting], rows["score"], strict=True))
-        + "."
-        for name, rows in by(table, "name")
-    )
     return figure
 
 
@@ -317,22 +264,19 @@ ALONG = {
 def along_training(table: pd.DataFrame) -> Picture:
     """What each loss does to the same batches as training goes on: a line a seed.
 
-    Args:
-        table: as of `findings.along_training`, for several runs.
+    table: as of `findings.along_training`, for several runs.
     """
     figure, axes = new_axes(len(ALONG), width=3.5, height=3.4)
-    said = []
+    figure.alt = "Mean over seeds, from the first state to the last."
     for axis, (column, label) in zip(axes, ALONG.items(), strict=True):
         factor = 100 if "%" in label else 1
         for name, rows in by(table, "name"):
             by_step = factor * rows.pivot_table(index="step", columns="seed", values=column)
-            drawn = {k: v for k, v in line(name).items() if k != "label"}
-            axis.plot(by_step, lw=1, alpha=0.5, **drawn)
+            axis.plot(by_step, lw=1, alpha=0.5, **line(name) | {"label": None})
             mean = by_step.mean(axis=1)
-            axis.plot(mean, lw=2, marker=style(name).marker, label=name, **drawn)
-            said.append(f"{label}, {name}: {ends(mean, '.3g')}.")
+            axis.plot(mean, lw=2, marker=style(name).marker, **line(name))
+            figure.alt += f" {label}, {name}: {ends(mean, '.3g')}."
         axis.set(xlabel="training step", ylabel=label)
         axis.set_ylim(bottom=0)
     axes[0].legend()
-    figure.alt = "Mean over seeds, from the first state to the last. " + " ".join(said)
     return figure

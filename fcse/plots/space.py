@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 
-from fcse.plots.style import STYLE, Picture, by, ends, line, new_axes, style
+from fcse.plots.style import STYLE, Picture, by, ends, line, new_axes, point
 
 
 def describe_plane(table: pd.DataFrame) -> str:
@@ -26,16 +26,15 @@ def plane(table: pd.DataFrame) -> Picture:
 
     Grey lines join points of equal alignment + uniformity, the sum that Wang & Isola 2020 minimise.
 
-    Args:
-        table: columns "name" of the loss, "step", "alignment", "uniformity".
+    table: columns "name" of the loss, "step", "alignment", "uniformity".
     """
     figure, (axes,) = new_axes(width=6, height=4.2)
-    for name, rows in table.groupby("name", sort=False):
-        axes.plot(rows["uniformity"], rows["alignment"], marker=".", **line(name))
-        first, last = rows.iloc[0], rows.iloc[-1]
-        drawn = {"marker": style(name).marker, "markersize": 9, "color": style(name).colour}
-        axes.plot(first["uniformity"], first["alignment"], markerfacecolor="white", **drawn)
-        axes.plot(last["uniformity"], last["alignment"], **drawn)
+    for name, rows in by(table, "name"):
+        x, y = rows["uniformity"], rows["alignment"]
+        axes.plot(x, y, marker=".", **line(name))
+        drawn = {"markersize": 9} | point(name)
+        axes.plot(x.iloc[0], y.iloc[0], markerfacecolor="white", **drawn)
+        axes.plot(x.iloc[-1], y.iloc[-1], **drawn)
     axes.margins(0.12)
     axes.autoscale_view()
     x, y = np.meshgrid(*(np.linspace(*ends, 50) for ends in (axes.get_xlim(), axes.get_ylim())))
@@ -57,24 +56,19 @@ def plane(table: pd.DataFrame) -> Picture:
 def similarity_distribution(table: pd.DataFrame) -> Picture:
     """Density of cosine similarities, one curve per encoder, one panel per kind of pair.
 
-    Args:
-        table: columns "encoder" (untrained, or the name of a loss), "kind", "similarity".
+    table: columns "encoder" (untrained, or the name of a loss), "kind", "similarity".
     """
-    kinds = list(dict.fromkeys(table["kind"]))
+    kinds = by(table, "kind")
     figure, axes = new_axes(len(kinds))
-    for axis, kind in zip(axes, kinds, strict=True):
-        for encoder, rows in table[table["kind"] == kind].groupby("encoder", sort=False):
-            sns.kdeplot(rows["similarity"], ax=axis, clip=(-1, 1), **line(encoder))
+    figure.alt = "Density of cosine similarities; medians."
+    for axis, (kind, rows) in zip(axes, kinds, strict=True):
+        medians = []
+        for encoder, part in by(rows, "encoder"):
+            sns.kdeplot(part["similarity"], ax=axis, clip=(-1, 1), **line(encoder))
+            medians.append(f"{encoder} {part['similarity'].median():.2f}")
         axis.set(title=kind, xlabel="cosine similarity", ylabel="density", xlim=(-0.5, 1))
+        figure.alt += f" {kind[0].upper()}{kind[1:]}: {', '.join(medians)}."
     axes[0].legend()
-    figure.alt = "Density of cosine similarities; medians. " + " ".join(
-        f"{kind[0].upper()}{kind[1:]}: "
-        + ", ".join(
-            f"{encoder} {part['similarity'].median():.2f}" for encoder, part in by(rows, "encoder")
-        )
-        + "."
-        for kind, rows in by(table, "kind")
-    )
     return figure
 
 
@@ -90,18 +84,15 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
 
 def describe_maps(table: pd.DataFrame, groups: Sequence[str]) -> str:
     """What `maps` shows, in words: how closely each group keeps together on each map."""
-    said = []
-    for title, rows in by(table, "encoder"):
-        near = [
-            f"{group} {_spread(part) / _spread(rows):.2f}"
-            for group, part in by(rows[rows["group"].isin(groups)], "group")
-        ]
-        said.append(f"{title}: {', '.join(near)}.")
-    return (
+    said = (
         f"Maps of the same {len(table) // table['encoder'].nunique()} sentences, a point each. "
-        "How widely each coloured group is spread, as a part of the spread of all: "
-        + " ".join(said)
+        "How widely each coloured group is spread, as a part of the spread of all:"
     )
+    for title, rows in by(table, "encoder"):
+        coloured = by(rows[rows["group"].isin(groups)], "group")
+        near = [f"{group} {_spread(part) / _spread(rows):.2f}" for group, part in coloured]
+        said += f" {title}: {', '.join(near)}."
+    return said
 
 
 def _spread(points: pd.DataFrame) -> float:
@@ -116,26 +107,21 @@ def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
         table: columns "encoder" (a title), "x", "y", "group".
         groups: at most eight groups, in the order of the legend; all others are small and grey.
     """
-    titles = list(dict.fromkeys(table["encoder"]))
-    figure, axes = new_axes(len(titles), width=4.0, height=4.2)
+    encoders = by(table, "encoder")
+    figure, axes = new_axes(len(encoders), width=4.0, height=4.2)
     colours = group_colours(groups)
-    for axis, title in zip(axes, titles, strict=True):
-        rows = table[table["encoder"] == title]
+    for axis, (title, rows) in zip(axes, encoders, strict=True):
         others = rows[~rows["group"].isin(groups)]
         if len(others):
             axis.scatter(others["x"], others["y"], s=2, color=colours[OTHERS], label=OTHERS, lw=0)
         for group, shape in zip(groups, "osD^vPX*", strict=False):
             part = rows[rows["group"] == group]
-            axis.scatter(
-                part["x"], part["y"], s=9, color=colours[group], marker=shape, label=group, lw=0
-            )
+            drawn = {"color": colours[group], "marker": shape, "label": group}
+            axis.scatter(part["x"], part["y"], s=9, lw=0, **drawn)
         axis.set(title=title, xlabel="UMAP 1", xticks=[], yticks=[])
     axes[0].set_ylabel("UMAP 2")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(groups)),
-        markerscale=2.5,
-    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = min(4, len(groups))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, markerscale=2.5)
     figure.alt = describe_maps(table, groups)
     return figure

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +18,14 @@ Dash = str | tuple[int, tuple[int, ...]]
 
 
 class Style(NamedTuple):
-    """How a loss, or an encoder it was trained with, is drawn; marker and dash repeat the colour,
-    for print in grey."""
+    """How a loss or an encoder is drawn; marker and dash repeat the colour, for print in grey."""
 
     colour: str
     marker: str
     dash: Dash = "-"
 
 
-# Okabe & Ito's palette, and Tol's muted one for the methods: distinct for every common kind of
-# colour blindness.
+# Okabe & Ito's palette, and Tol's muted one for methods: distinct for the colour blind.
 STYLES: dict[str, Style] = {
     "untrained": Style("#7F7F7F", "s", ":"),
     "chosen encoder": Style("#000000", "*", ":"),
@@ -63,25 +60,23 @@ def style(name: str) -> Style:
     """
     if name in STYLES:
         return STYLES[name]
-    objective, *methods = name.split(" + ")
-    if len(methods) > 1:
+    *before, last = name.split(" + ")
+    if len(before) > 1:
         return _SEVERAL
-    if methods:
-        label = methods[0].partition(" (")[0]
-        return METHODS.get(label) or _by_name(label)
-    label = objective.partition(" (")[0]
-    return STYLES.get(label) or _by_name(label)
-
-
-def _by_name(label: str) -> Style:
+    label = last.partition(" (")[0]
     number = zlib.crc32(label.encode())
-    return Style(_OTHERS[number % len(_OTHERS)], "sv^<>"[number % 5], (0, (3, 1)))
+    other = Style(_OTHERS[number % len(_OTHERS)], "sv^<>"[number % 5], (0, (3, 1)))
+    return (METHODS if before else STYLES).get(label, other)
 
 
 def line(name: str) -> dict[str, Any]:
     """The arguments of a line that stands for a loss."""
-    drawn = style(name)
-    return {"color": drawn.colour, "label": name, "linestyle": drawn.dash}
+    return {"color": style(name).colour, "label": name, "linestyle": style(name).dash}
+
+
+def point(name: str) -> dict[str, Any]:
+    """The arguments of a marker that stands for a loss."""
+    return {"color": style(name).colour, "marker": style(name).marker}
 
 
 STYLE = {
@@ -99,13 +94,10 @@ STYLE = {
 
 
 class Picture(Figure):
-    """A figure that says in words what it shows, in a notebook too.
-
-    Attributes:
-        alt: the text alternative.
-    """
+    """A figure that says in words what it shows, in a notebook too."""
 
     alt = ""
+    """The text alternative."""
 
     @plt.rc_context(STYLE)
     def _ipython_display_(self) -> None:
@@ -136,9 +128,9 @@ def image(png: bytes, alt: str) -> str:
     )
 
 
-def by(table: pd.DataFrame, column: str) -> Iterable[tuple[Any, pd.DataFrame]]:
-    """The rows of each value of a column, in the order of the table."""
-    return table.groupby(column, sort=False)
+def by(table: pd.DataFrame, column: str) -> list[tuple[Any, pd.DataFrame]]:
+    """Each value of a column with its rows, in the order of the table."""
+    return list(table.groupby(column, sort=False))
 
 
 def ends(values: pd.Series, form: str) -> str:
@@ -150,38 +142,29 @@ def new_axes(
     columns: int = 1, width: float = 5.0, height: float = 3.6
 ) -> tuple[Picture, list[Axes]]:
     """A picture with plots side by side, each so many inches wide and high."""
+    size = (width * columns, height)
     figure, axes = plt.subplots(
-        1,
-        columns,
-        figsize=(width * columns, height),
-        layout="constrained",
-        squeeze=False,
-        FigureClass=Picture,
+        1, columns, figsize=size, layout="constrained", squeeze=False, FigureClass=Picture
     )
     plt.close(figure)  # shown once, where it is returned, not a second time by the notebook
     return figure, list(axes[0])
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder that figures go to.
-
-    Raises:
-        InputError: it cannot be made.
-    """
+    """Make the folder that figures go to, or raise an `InputError`."""
     with writing(f"figures folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 @plt.rc_context(STYLE)
 def save(figure: Picture, table: pd.DataFrame, path: Path) -> None:
-    """Write a figure as PNG and SVG, and the numbers behind it as CSV, under one name.
+    """Write a figure as PNG and SVG, and the numbers behind it as CSV with six significant digits.
 
     Both pictures carry the text alternative: PNG as its description, SVG as its title, which a
     browser reads out.
 
     Args:
-        figure: what to write.
-        table: the numbers, written with six significant digits.
+        figure, table: what to write.
         path: folder and name without suffix.
 
     Raises:
