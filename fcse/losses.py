@@ -113,11 +113,11 @@ def _positives(sim: Tensor, first: int) -> Tensor:
     return positives
 
 
-def repeats(sentence_ids: Tensor, rows: int, first: int = 0) -> Tensor:
-    """The false negatives of rows `first` and on: (rows, M) bool, see `Columns`."""
-    if sentence_ids.ndim not in (1, 2) or sentence_ids.shape[-1] < first + rows:
+def repeats(sentence_ids: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
+    """The false negatives of rows `first` and on: (rows, columns) bool, see `Columns`."""
+    if sentence_ids.ndim not in (1, 2) or sentence_ids.shape[-1] != columns:
         raise ValueError(
-            "sentence_ids must be (M,) or (G, M), a number for each column, "
+            f"sentence_ids must be ({columns},), one for each column, or (G, {columns}), "
             f"got {tuple(sentence_ids.shape)}"
         )
     same = sentence_ids[..., first : first + rows, None] == sentence_ids[..., None, :]
@@ -137,11 +137,16 @@ class _Rows:
 
 
 def _rows(
-    sim: Tensor, objective: Any, columns: Columns, leaf: bool = False, own_ids: Tensor | None = None
+    sim: Tensor,
+    objective: Any,
+    columns: Columns,
+    leaf: bool = False,
+    own: bool = False,
+    own_ids: Tensor | None = None,
 ) -> _Rows:
     """Masks, turns and logits of a block; with `leaf` a graph from the turned similarities on.
 
-    own_ids: (G, n) of a column behind those of all, each row's own.
+    own: the last column is each row's own, behind those of all. own_ids: (n,) or (G, n) of it.
     """
     first = columns.first
     if sim.ndim != 2 or len(sim) == 0 or not 0 <= first <= sim.shape[1] - len(sim):
@@ -153,8 +158,8 @@ def _rows(
     positives = _positives(sim, first)
     slope = None
     for turn in columns.turns:
-        sim, own = turn(sim, positives, first)
-        slope = own if slope is None else slope * own
+        sim, its_slope = turn(sim, positives, first)
+        slope = its_slope if slope is None else slope * its_slope
     if leaf:
         sim = sim.detach().requires_grad_()
     logits = objective.logits(sim, positives)
@@ -165,16 +170,12 @@ def _rows(
         )
     if columns.sentence_ids is not None:
         ids = columns.sentence_ids
-        shared = sim.shape[1] - (own_ids is not None)
-        if ids.shape[-1] != shared:
-            raise ValueError(
-                f"sentence_ids must be ({shared},), one for each column, or (G, {shared}), "
-                f"got {tuple(ids.shape)}"
-            )
-        left_out = repeats(ids, len(sim), first)
+        left_out = repeats(ids, len(sim), sim.shape[1] - own, first)
+        if own:
+            left_out = F.pad(left_out, (0, 1))
         if own_ids is not None:
-            theirs = (own_ids == ids[..., first : first + len(sim)]).reshape(-1, len(sim))
-            left_out = torch.cat([left_out, theirs.any(dim=0)[:, None]], dim=1)
+            theirs = own_ids == ids[..., first : first + len(sim)]
+            left_out[:, -1] = theirs.reshape(-1, len(sim)).any(dim=0)
         logits = logits.masked_fill(left_out, -math.inf)
     return _Rows(sim, positives, logits, slope)
 
@@ -305,7 +306,7 @@ class _LossInChunks(torch.autograd.Function):
             own_ids = None if negative_ids is None else negative_ids[..., at]
             block = replace(columns, first=first)
             with torch.set_grad_enabled(leaf):
-                rows = _rows(sim, objective, block, leaf, own_ids)
+                rows = _rows(sim, objective, block, leaf, negative is not None, own_ids)
             value += share * _value(rows.logits.detach(), first, objective)
             if not wanted:
                 continue
@@ -364,8 +365,16 @@ def chunked_loss(
         vectors = [None if x is None else unit_rows(x) for x in (own.negative, own.positive)]
         if any(x is not None and x.shape != u.shape for x in vectors):
             raise ValueError(f"own vectors must be {tuple(u.shape)}, one for each anchor")
+        ids, own_ids = columns.sentence_ids, own.negative_ids
+        if own_ids is not None and (
+            own.negative is None or ids is None or own_ids.shape != (*ids.shape[:-1], len(u))
+        ):
+            raise ValueError(
+                f"negative_ids must be ({len(u)},) or (G, {len(u)}), as sentence_ids are (M,) or "
+                "(G, M), and have both these and a negative beside them"
+            )
         plan = named(objective), columns, chunk_size or max(1, CHUNK_ENTRIES // len(v))
-        return _LossInChunks.apply(u, v, *vectors, own.negative_ids, plan)
+        return _LossInChunks.apply(u, v, *vectors, own_ids, plan)
 
 
 def require_sound(objective: Any) -> None:

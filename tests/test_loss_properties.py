@@ -1,28 +1,28 @@
 """What holds of the losses for any shape, similarities, ids and parameters in their ranges."""
 
-from typing import get_args
-
 import pytest
 import torch
+from formulas import MODULATES, WithoutSlopes
 
-from fcse.losses import Modulate, Objective, chunked_loss, gradient_weights, loss, similarity_matrix
+from fcse.losses import Columns, chunked_loss, gradient_weights, loss, similarity_matrix
+from fcse.methods.adap_acse import turn
+from fcse.methods.core_tuning import FocalWeight
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ARGUMENTS = st.fixed_dictionaries(
-    {
-        "objective": st.sampled_from(get_args(Objective)),
-        "temperature": st.floats(0.01, 10),
-        "m": st.floats(-2, 2),
-        "modulate": st.sampled_from(get_args(Modulate)),
-        "stop_gradient": st.booleans(),
-        "alpha": st.floats(0, 20),
-        "margin": st.just(0.0) | st.floats(0, 1.5),
-        "focal_weight": st.booleans(),
-    }
+TEMPERATURE = st.floats(0.01, 10)
+KINDS = st.one_of(
+    st.builds(InfoNCE, TEMPERATURE),
+    st.builds(
+        FocalInfoNCE, TEMPERATURE, st.floats(-2, 2), st.sampled_from(MODULATES), st.booleans()
+    ),
+    st.builds(HardnessInfoNCE, TEMPERATURE, st.floats(0, 20)),
 )
+OBJECTIVES = KINDS | KINDS.map(FocalWeight) | KINDS.map(WithoutSlopes)
+MARGINS = st.just(0.0) | st.floats(0, 1.5)
 
 
 @st.composite
@@ -39,37 +39,36 @@ def batches(draw):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(batches(), ARGUMENTS)
-def test_loss_is_finite_and_its_gradient_is_the_closed_form(batch, arguments):
+@given(batches(), OBJECTIVES, MARGINS)
+def test_loss_is_finite_and_its_gradient_is_the_closed_form(batch, objective, margin):
     sim, teacher, ids = batch
     sim.requires_grad_()
-    arguments = {**arguments, "sentence_ids": ids, "teacher": teacher}
-    value = loss(sim, **arguments)
+    columns = Columns(ids, (turn(margin, teacher),) if margin else ())
+    value = loss(sim, objective, columns)
     assert value.isfinite()
     assert value >= 0
     (gradient,) = torch.autograd.grad(value, sim)
-    closed = gradient_weights(sim.detach(), **arguments)
+    closed = gradient_weights(sim.detach(), objective, columns)
     torch.testing.assert_close(closed, gradient, rtol=1e-9, atol=1e-12)
     # In single precision too, where exp overflows soonest.
     single = sim.detach().float().requires_grad_()
-    loss(single, **arguments).backward()
+    loss(single, objective, columns).backward()
     assert single.grad.isfinite().all()
-    assert gradient_weights(single.detach(), **arguments).isfinite().all()
+    assert gradient_weights(single.detach(), objective, columns).isfinite().all()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(batches(), ARGUMENTS, st.integers(1, 8), st.integers(0, 2**32))
-def test_chunks_equal_the_whole(batch, arguments, chunk_size, seed):
-    sim, _, ids = batch
+@given(batches(), OBJECTIVES, MARGINS, st.integers(1, 8), st.integers(0, 2**32))
+def test_chunks_equal_the_whole(batch, objective, margin, chunk_size, seed):
+    sim, teacher, ids = batch
     generator = torch.Generator().manual_seed(seed)
     u, v = (
         torch.randn(n, 4, dtype=torch.float64, generator=generator, requires_grad=True)
         for n in sim.shape
     )
-    pair = tuple(torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in sim.shape)
-    arguments = {**arguments, "sentence_ids": ids}
-    whole = loss(similarity_matrix(u, v), teacher=similarity_matrix(*pair), **arguments)
-    chunked = chunked_loss(u, v, chunk_size=chunk_size, teacher=pair, **arguments)
+    columns = Columns(ids, (turn(margin, teacher),) if margin else ())
+    whole = loss(similarity_matrix(u, v), objective, columns)
+    chunked = chunked_loss(u, v, objective, columns, chunk_size=chunk_size)
     torch.testing.assert_close(chunked, whole, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(chunked, (u, v)),

@@ -102,7 +102,8 @@ class _Harder(Moments):
 class FocalWeight:
     """Another objective whose row counts 1 - p, p the softmax probability of its positive.
 
-    Gradients flow through the weight, as in the authors' code.
+    Gradients flow through the weight, as in the authors' code. Where the other objective weighs
+    its rows, both weights count.
     """
 
     objective: Any
@@ -114,11 +115,12 @@ class FocalWeight:
 
     def row_weight(self, log_p: "Tensor") -> "Tensor":
         """1 - p of each row, (N,), from its log p."""
-        return -log_p.expm1()
+        theirs = getattr(self.objective, "row_weight", None)
+        return -log_p.expm1() * (theirs(log_p) if theirs else 1)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "slopes":  # there where the other objective has them
-            return self.objective.slopes
+        if name in ("slopes", "temperature"):  # there where the other objective has them
+            return getattr(self.objective, name)
         raise AttributeError(name)
 
 
@@ -175,9 +177,7 @@ def mixed_pairs(
             raise ValueError(f"v must have a row for each of u's, got {len(v)} for {len(u)}")
         u, v = unit_rows(u), unit_rows(v)
     if sentence_ids is not None:
-        if sentence_ids.shape[-1] != len(v):
-            raise ValueError(f"sentence_ids must be ({len(v)},), one for each column")
-        sim = sim.masked_fill(repeats(sentence_ids, len(u)), -torch.inf)
+        sim = sim.masked_fill(repeats(sentence_ids, *sim.shape), -torch.inf)
     # No cosine is as low as -2: the positive is taken where no true negative is left.
     sim.diagonal().fill_(-2)
     positive = _mix(v[: len(u)], v[sim.argmax(dim=1)], positive_weight)
