@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fcse.encoder.sentence_encoder import SentenceEncoder
 
@@ -68,10 +69,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if world().num_processes == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, part in zip(gradients, flat.split(sizes), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    vector_to_parameters(mean(parameters_to_vector(gradients)), gradients)
 
 
 def encode(encoder: SentenceEncoder, sentences: Sequence[str]) -> np.ndarray:

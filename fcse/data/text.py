@@ -78,7 +78,7 @@ def article_batch(
         size: sentences in all, a multiple of `each`, the sentences of one article.
 
     Returns:
-        The sentences, and the title of the article that each comes from.
+        The sentences, and the title of each one's article.
 
     Raises:
         InputError: too few articles have that many sentences.

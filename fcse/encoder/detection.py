@@ -6,10 +6,9 @@ What DiffCSE adds to the loss (Chuang et al. 2022), with the generators that rep
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +25,9 @@ MASK_SHARE = 0.3
 """Share of a sentence's tokens that is masked, as the authors set it."""
 
 
-class TokenGenerator(Protocol):
-    """Fills in masked tokens."""
-
-    def __call__(self, token_ids: Tensor, where: Tensor) -> Tensor:
-        """Replacements for the k masked tokens of a batch: (k,) int64, row by row.
-
-        Args:
-            token_ids: (n, L) int64, padded, with the mask's id at the masked positions.
-            where: (n, L) bool, those positions.
-        """
-        ...
+TokenGenerator = Callable[[Tensor, Tensor], Tensor]
+"""Fills in masked tokens: ids, (n, L) int64, padded and with the mask's id at k positions, and
+those positions, (n, L) bool, give k tokens, (k,) int64, row by row."""
 
 
 class MaskedLM:
@@ -47,15 +38,11 @@ class MaskedLM:
     """
 
     def __init__(self, name_or_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load a masked language model in float32; no code that comes with it is run.
-
-        Args:
-            name_or_path: a model folder, or the name of a model on the hub.
-            tokenizer: the encoder's; the language model must have the same vocabulary.
+        """Load a model folder or a model of the hub in float32; no code that comes with it is run.
 
         Raises:
             InputError: no such model, no language-model head in its weights, a pickle that holds
-                more than tensors, or another vocabulary.
+                more than tensors, or another vocabulary than that of `tokenizer`, the encoder's.
         """
         path, name = str(name_or_path), f"masked language model {str(name_or_path)!r}"
         local = is_folder(path) or not hub_reachable()
@@ -82,7 +69,7 @@ class MaskedLM:
 
     @torch.no_grad()
     def __call__(self, token_ids: Tensor, where: Tensor) -> Tensor:
-        """The most likely tokens, see `TokenGenerator`; the same input gives the same tokens."""
+        """The most likely tokens, see `TokenGenerator`."""
         self.model.to(token_ids.device)
         attention_mask = (token_ids != self._pad_id).long()
         scores = self.model(input_ids=token_ids, attention_mask=attention_mask).logits[where]
@@ -128,7 +115,7 @@ def mask(
         token_ids: (n, L) int64, padded.
         share: in (0, 1].
         special_ids: what is never masked; among them the padding's id.
-        mask_id: what stands in for a masked token.
+        mask_id: stands in for a masked token.
 
     Returns:
         The masked ids, (n, L) int64, and which of them are masked, (n, L) bool.
@@ -234,11 +221,8 @@ class Detection(nn.Module):
     def logits(self, sentence_embedding: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """How much each token looks replaced, given the embedding of the original sentence.
 
-        The embedding takes the place of the first token's input vector, which is not read.
-
-        Args:
-            sentence_embedding: (n, D) float.
-            token_ids: n sentences as `edit` gives them.
+        The embedding, (n, D) float, takes the place of the first token's input vector, which is not
+        read; `token_ids` are n sentences as `edit` gives them.
 
         Returns:
             (T,) float32 (float64 in a float64 module): the tokens behind each sentence's first.
@@ -272,12 +256,7 @@ def practise(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Train a discriminator alone, on embeddings that stay as they are; it ends in evaluation mode.
-
-    Args:
-        sentence_embedding, token_ids: as in `Detection.forward`.
-        steps, learning_rate: of AdamW, the rate constant.
-    """
+    """Train a discriminator alone (AdamW), on embeddings that stay; it ends in evaluation mode."""
     optimizer = torch.optim.AdamW(detection.parameters(), learning_rate)
     detection.train()
     for _ in range(steps):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from fcse.encoder.pooling import Pooling
@@ -101,23 +102,14 @@ def _two_layers(config: dict[str, Any], mode: str, weights: Path | None) -> str:
     return f"WeightedLayerPooling + {mode}"
 
 
-def write_layout(
-    folder: Path, pooling: Pooling, dimension: int, layers: int, max_length: int
-) -> None:
-    """Write what `SentenceTransformer(folder)` needs to pool as we do; no module normalises.
-
-    Args:
-        folder: holds backbone and tokenizer.
-        pooling: what to declare.
-        dimension: width of an embedding.
-        layers: of the backbone.
-        max_length: longest input in tokens.
-    """
-    modules, width = {"Transformer": ""}, {"word_embedding_dimension": dimension}
+def write_layout(folder: Path, pooling: Pooling, model: PretrainedConfig, max_length: int) -> None:
+    """Write what `SentenceTransformer(folder)` needs to pool as we do; no module normalises."""
+    modules, width = {"Transformer": ""}, {"word_embedding_dimension": model.hidden_size}
     config: dict[str, Any] = {"max_seq_length": max_length, "do_lower_case": False}
     if pooling in ("mean_first_last", "mean_top2"):
         modules["WeightedLayerPooling"] = _LAYER_DIR
         config["config_args"] = {"output_hidden_states": True}
+        layers = model.num_hidden_layers
         first, last = layers_read(pooling, layers)
         weights = torch.zeros(layers + 1 - first)
         weights[[0, last - first]] = 1

@@ -42,8 +42,7 @@ def nearest(
         (n, k) int32, each row's neighbours, nearest first.
 
     Raises:
-        InputError: k is below 1, or above what the corpus has for each sentence, or an embedding
-            is not finite.
+        InputError: k is below 1 or above what each sentence has, or an embedding is not finite.
         ValueError: another shape, or a tile below 1.
     """
     if tile < 1:
@@ -54,7 +53,13 @@ def nearest(
     if ids.shape != (n,):
         raise ValueError(f"sentence_ids must be ({n},), one a row, got {tuple(ids.shape)}")
     ids = ids.to(rows.device, torch.int64)
-    _check_k(k, ids)
+    repeats = ids.unique(return_counts=True)[1]
+    most = n - int(repeats.max()) if n else 0
+    if not 1 <= k <= most:
+        raise InputError(
+            f"k must be from 1 to {most}, the most that each of the {n} sentences of the corpus "
+            f"has beside itself and its repeats, got {k}"
+        )
     neighbours = np.empty((n, k), dtype=np.int32)
     tiles = [slice(start, min(start + tile, n)) for start in range(0, n, tile)]
     for anchors in tqdm(tiles, "neighbours", unit=" rows of tiles", delay=2, leave=False):
@@ -67,16 +72,6 @@ def nearest(
             near, which = _merged(near, which, cosines, candidates.start)
         neighbours[anchors] = which.cpu().numpy()
     return neighbours
-
-
-def _check_k(k: int, ids: Tensor) -> None:
-    repeats = ids.unique(return_counts=True)[1]
-    most = len(ids) - int(repeats.max()) if len(ids) else 0
-    if not 1 <= k <= most:
-        raise InputError(
-            f"k must be from 1 to {most}, the most that each of the {len(ids)} sentences of the "
-            f"corpus has beside itself and its repeats, got {k}"
-        )
 
 
 def _merged(near: Tensor, which: Tensor, cosines: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -108,6 +103,7 @@ def finite_unit_rows(embeddings: Tensor) -> Tensor:
     """
     rows = unit_rows(embeddings.float())
     if not embeddings.isfinite().all():
-        wrong = "the embeddings hold numbers that are not finite"
-        raise InputError(f"{wrong}: embed the corpus in float32")
+        raise InputError(
+            "the embeddings hold numbers that are not finite: embed the corpus in float32"
+        )
     return rows

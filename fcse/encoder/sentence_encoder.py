@@ -25,6 +25,7 @@ from fcse.encoder.pooling import Pooling
 from fcse.errors import InputError, first_line
 
 _HEAD_FILE = "head.safetensors"
+_POOLINGS = ", ".join(get_args(Pooling))
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -48,9 +49,7 @@ class SentenceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if pooling not in get_args(Pooling):
-            raise InputError(
-                f"unknown pooling {pooling!r}: choose from {', '.join(get_args(Pooling))}"
-            )
+            raise InputError(f"unknown pooling {pooling!r}: choose from {_POOLINGS}")
         backbone.pooler = None
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -99,8 +98,8 @@ class SentenceEncoder(nn.Module):
         pooling = pooling or declared or "cls"
         if pooling == declared and pooling not in get_args(Pooling):
             raise InputError(
-                f"{name} declares {pooling}, which is none of the poolings "
-                f"{', '.join(get_args(Pooling))}: choose the one to read it with"
+                f"{name} declares {pooling}, which is none of the poolings {_POOLINGS}: choose the "
+                "one to read it with"
             )
         encoder = cls(backbone, tokenizer, pooling, seed)
         head = Path(path) / _HEAD_FILE
@@ -175,7 +174,7 @@ class SentenceEncoder(nn.Module):
             layers: how many layers below the last come along, see `pool`.
 
         Returns:
-            u, v: (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both views'
+            u, v, (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both views'
             vectors of those layers, after the same head.
         """
         if second is None:
@@ -205,24 +204,12 @@ class SentenceEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self,
-        sentences: Sequence[str],
-        batch_size: int = 64,
-        normalize: bool = False,
-        progress: bool | None = None,
+        self, sentences: Sequence[str], batch_size: int = 64, normalize: bool = False
     ) -> np.ndarray:
-        """Embed sentences without dropout and without the head.
+        """Embed n sentences without dropout and without the head: (n, D) float32.
 
-        Batches are formed by length, so that little is padded; rows come back in input order.
-
-        Args:
-            sentences: n strings; longer ones are cut at the backbone's own limit.
-            batch_size: sentences a pass, at least 1.
-            normalize: scale every row to unit length.
-            progress: True shows a bar, False none, None one once two seconds have passed.
-
-        Returns:
-            (n, D) float32.
+        Batches are formed by length, so that little is padded; rows come back in input order, with
+        `normalize` at unit length. What is longer than the backbone's own limit is cut.
 
         Raises:
             InputError: `sentences` is a single string or holds something else than strings, or
@@ -237,11 +224,11 @@ class SentenceEncoder(nn.Module):
             return embeddings
         token_ids = self.tokenize(sentences)
         order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-        shown = {"disable": progress is False, "delay": 0 if progress else 2, "leave": False}
+        shown = {"unit": " sentences", "delay": 2, "leave": False}
         was_training = self.training
         self.eval()
         try:
-            with tqdm(total=len(order), desc="encoding", unit=" sentences", **shown) as bar:
+            with tqdm(total=len(order), desc="encoding", **shown) as bar:
                 for start in range(0, len(order), batch_size):
                     rows = order[start : start + batch_size]
                     batch = {"input_ids": [token_ids[i] for i in rows]}
@@ -265,8 +252,7 @@ class SentenceEncoder(nn.Module):
         self.tokenizer.save_pretrained(path)
         head = {k: x.detach().cpu().contiguous() for k, x in self.head.state_dict().items()}
         save_file(head, path / _HEAD_FILE)
-        layers = self.backbone.config.num_hidden_layers
-        write_layout(path, self.pooling, self.dimension, layers, self.max_length)
+        write_layout(path, self.pooling, self.backbone.config, self.max_length)
 
 
 @contextmanager

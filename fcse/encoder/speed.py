@@ -20,19 +20,12 @@ LENGTH_GROUPS = 4
 def length_groups(
     token_ids: Sequence[Sequence[int]], embedding: nn.Module, device: torch.device
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Cut a batch into groups of similar length, each padded to its own longest sentence.
+    """Cut a batch into groups of similar length: their rows, and the backbone's inputs for them.
 
-    On a CPU padding costs as much as text, and smaller groups stay in cache; on a GPU one large
-    pass is faster, so there is one group. Tokens are embedded once for all groups: the gradient
-    of the word embeddings is as large as the table, whatever the batch.
-
-    Args:
-        token_ids: N sentences.
-        embedding: token ids (T,) -> (T, D) float.
-        device: where to compute.
-
-    Yields:
-        A group's rows in the batch, and the backbone's inputs for them.
+    Each is padded to its own longest sentence. On a CPU padding costs as much as text, and smaller
+    groups stay in cache; on a GPU one large pass is faster, so there is one group. `embedding`,
+    (T,) ids -> (T, D) float, takes the tokens of all groups at once: the gradient of the word
+    embeddings is as large as the table, whatever the batch.
     """
     groups = LENGTH_GROUPS if device.type == "cpu" else 1
     lengths = [len(ids) for ids in token_ids]
