@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from formulas import logit_and_slope, turned
 
-from fcse.losses import (
-    MIN_NEGATIVE_WEIGHT,
-    core_tuning,
-    loss,
-    mixed_pairs,
-    similarity_matrix,
-)
+from fcse.losses import Columns, Own, chunked_loss, loss, similarity_matrix
+from fcse.methods.adap_acse import turn
+from fcse.methods.core_tuning import MIN_NEGATIVE_WEIGHT, FocalWeight, draws, mixed_pairs
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE, name
 
 IDS = torch.tensor([[0, 1, 2, 3, 0, 5, 5, 7], [0, 1, 1, 3, 4, 2, 6, 3]])
 ONE_SENTENCE = torch.zeros(8, dtype=torch.int64)
@@ -84,71 +82,76 @@ def test_a_low_negative_weight_is_raised():
     assert not torch.equal(least, mixed_pairs(u, v, 1.0, 0.9, DRAWN)[1])
 
 
-OPTIONS = {
-    "info_nce": {"objective": "info_nce"},
-    "focal": {"temperature": 0.2, "m": 0.1},
-    "stopped": {"modulate": "negative", "stop_gradient": True},
-    "hardness": {"objective": "hardness_info_nce", "alpha": 3.0},
-    "focal weight": {"objective": "info_nce", "temperature": 0.3, "focal_weight": True},
-}
+KINDS = [
+    InfoNCE(),
+    FocalInfoNCE(0.2, 0.1),
+    FocalInfoNCE(modulate="negative", stop_gradient=True),
+    HardnessInfoNCE(alpha=3.0),
+]
 
 
-def by_hand(u, v, weights, drawn, ids, options, margin=0.0, teacher=None):
+def core_tuning(u, v, weights, drawn, objective, ids=None, margin=0.0, teacher=None, size=None):
+    """The mean of the usual loss and of that with harder positives, a harder negative in both."""
+    ids = torch.arange(len(v)) if ids is None else ids
+    positive, negative = mixed_pairs(u, v, *weights, drawn, ids)
+    numbers = None if negative is None else ids[..., drawn]
+    turns = ()
+    if margin:
+        # A harder negative has the teacher's similarity of the sentence that was drawn.
+        turns = (turn(margin, torch.cat([teacher, teacher.gather(1, drawn[:, None])], dim=1)),)
+    usual, harder = (
+        chunked_loss(u, v, objective, Columns(ids, turns), own, size)
+        for own in (Own(negative, numbers), Own(negative, numbers, positive))
+    )
+    return (usual + harder) / 2
+
+
+def by_hand(u, v, weights, drawn, ids, objective, margin, teacher):
     """Both losses entry by entry, over the candidates that a row is left with."""
-    arguments = {"objective": "focal_info_nce", "temperature": 0.05, "m": 0.3, "alpha": 9.0}
-    arguments |= {"modulate": "both", "focal_weight": False, **options}
-    objective, modulate = arguments["objective"], arguments["modulate"]
-    focal, hard = objective == "focal_info_nce", objective == "hardness_info_nce"
+    weighed = isinstance(objective, FocalWeight)
+    objective = objective.objective if weighed else objective
 
-    def negative(s, t):
-        x = s
-        if margin and np.arccos(s) > margin:
-            x = np.cos(np.arccos(s) - (1 - t) * margin)
-        factor = x + arguments["m"] if focal and modulate in ("both", "negative") else 1
-        return x * factor / arguments["temperature"] + (arguments["alpha"] * s if hard else 0)
+    def negative(s, t):  # the hardness weight is one of the turned similarity
+        return logit_and_slope(objective, turned(s, margin, t)[0] if margin else s, False)[0]
 
     positives, negatives = pairs_by_hand(u, v, *weights, drawn, ids)
     total = 0.0
     for i, a in enumerate(u):
         a = unit(a)
         true = [j for j in range(len(v)) if j != i and not any(x[i] == x[j] for x in ids)]
-        t = np.zeros(len(v)) if teacher is None else teacher[i]
-        row = [negative(a @ unit(v[j]), t[j]) for j in true]
+        row = [negative(a @ unit(v[j]), teacher[i, j]) for j in true]
         if drawn[i] in true:
-            row.append(negative(a @ negatives[i], t[drawn[i]]))
+            row.append(negative(a @ negatives[i], teacher[i, drawn[i]]))
         for positive in (unit(v[i]), positives[i]):
-            s = a @ positive
-            own = s * (s if focal and modulate in ("both", "positive") else 1)
-            own /= arguments["temperature"]
+            own = logit_and_slope(objective, a @ positive, True)[0]
             p = 1 / (1 + sum(np.exp(x - own) for x in row))
-            total -= (1 - p if arguments["focal_weight"] else 1) * np.log(p)
+            total -= (1 - p if weighed else 1) * np.log(p)
     return total / (2 * len(u))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("objective", [*KINDS, *map(FocalWeight, KINDS)], ids=name)
 @pytest.mark.parametrize("ids", [None, IDS[0], IDS, ONE_SENTENCE], ids=str)
 @pytest.mark.parametrize("margin", [0.0, 0.3])
-def test_core_tuning_equals_the_formula(options, ids, margin):
+def test_core_tuning_equals_the_formula(objective, ids, margin):
     u, v, *weights = batch()
     generator = torch.Generator().manual_seed(3)
-    pair = tuple(torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (5, 8))
-    value = core_tuning(
-        u, v, *weights, DRAWN, sentence_ids=ids, margin=margin, teacher=pair, **options
-    )
+    pair = (torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (5, 8))
+    teacher = similarity_matrix(*pair)
     rows = [] if ids is None else ids.reshape(-1, 8).tolist()
     arrays = numpy_of(u, v, torch.stack(weights), DRAWN)
-    expected = by_hand(*arrays, rows, options, margin, similarity_matrix(*pair).numpy())
-    assert value.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    expected = by_hand(*arrays, rows, objective, margin, teacher.numpy())
+    for size in (None, 2):
+        value = core_tuning(u, v, weights, DRAWN, objective, ids, margin, teacher, size)
+        assert value.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("objective", [*KINDS, *map(FocalWeight, KINDS)], ids=name)
 @pytest.mark.parametrize("ids", [None, IDS], ids=str)
 @pytest.mark.parametrize("weight", [1.0, torch.ones(5)], ids=str)
-def test_without_mixing_it_is_the_loss(options, ids, weight):
+def test_without_mixing_it_is_the_loss(objective, ids, weight):
     u, v, _, _ = batch()
-    options = {**options, "sentence_ids": ids}
-    mixed = core_tuning(u, v, weight, None, **options)
-    plain = loss(similarity_matrix(u, v), **options)
+    mixed = core_tuning(u, v, (weight, None), None, objective, ids)
+    plain = loss(similarity_matrix(u, v), objective, Columns(ids))
     torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(mixed, (u, v)),
@@ -159,11 +162,11 @@ def test_without_mixing_it_is_the_loss(options, ids, weight):
 
 
 # What is taken as a constant moves the value and not the gradient: those are left out.
-@pytest.mark.parametrize("name", ["info_nce", "focal", "focal weight"])
-def test_gradcheck(name):
+@pytest.mark.parametrize("objective", [*KINDS[:2], *map(FocalWeight, KINDS[:2])], ids=name)
+def test_gradcheck(objective):
     u, v, *weights = batch(seed=1)
     assert torch.autograd.gradcheck(
-        lambda a, b: core_tuning(a, b, *weights, DRAWN, sentence_ids=IDS, **OPTIONS[name]), [u, v]
+        lambda a, b: core_tuning(a, b, weights, DRAWN, objective, IDS), [u, v]
     )
 
 
@@ -179,8 +182,9 @@ def test_gradients_reach_what_was_mixed_in():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     u, v, *weights = batch(dtype=dtype)
-    value = core_tuning(u, v, *weights, DRAWN, focal_weight=True)
-    full = core_tuning(u.float(), v.float(), *weights, DRAWN, focal_weight=True)
+    objective = FocalWeight(FocalInfoNCE())
+    value = core_tuning(u, v, weights, DRAWN, objective)
+    full = core_tuning(u.float(), v.float(), weights, DRAWN, objective)
     assert value.dtype == torch.float32
     assert torch.equal(value, full)
     assert all(x.dtype == torch.float32 for x in mixed_pairs(u, v, *weights, DRAWN))
@@ -191,10 +195,10 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 def test_autocast_changes_nothing():
     u, v, *weights = batch(dtype=torch.float32)
-    outside = core_tuning(u, v, *weights, DRAWN)
+    outside = core_tuning(u, v, weights, DRAWN, FocalInfoNCE())
     with torch.autocast("cpu", torch.bfloat16):
         assert (u @ v.T).dtype == torch.bfloat16
-        assert torch.equal(core_tuning(u, v, *weights, DRAWN), outside)
+        assert torch.equal(core_tuning(u, v, weights, DRAWN, FocalInfoNCE()), outside)
 
 
 @pytest.mark.parametrize(
@@ -206,30 +210,34 @@ def test_autocast_changes_nothing():
         ({"negative_weight": 0.9}, "needs negative_columns"),
         ({"negative_weight": 0.9, "negative_columns": DRAWN[:4]}, "needs negative_columns"),
         ({"sentence_ids": torch.zeros(5, dtype=torch.int64)}, "sentence_ids must be"),
+        ({"sentence_ids": torch.zeros(1, 2, 8, dtype=torch.int64)}, "sentence_ids must be"),
+        ({"sentence_ids": torch.tensor(0)}, "sentence_ids must be"),
     ],
 )
 def test_bad_arguments_are_refused(argument, match):
     u, v, _, _ = batch()
-    for function in (mixed_pairs, core_tuning):
-        with pytest.raises(ValueError, match=match):
-            function(u, v, **argument)
-        with pytest.raises(ValueError, match="v must have a row"):
-            function(v, u)
-        with pytest.raises(ValueError, match="u and v must be"):
-            function(u, v[:, :3])
-
-
-@pytest.mark.parametrize(
-    ("argument", "match"),
-    [
-        ({"objective": "triplet"}, "objective 'triplet'"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"margin": -0.1}, "margin must be"),
-        ({"margin": 0.1}, "needs a teacher"),
-        ({"margin": 0.1, "teacher": (torch.eye(5), torch.eye(5))}, "teacher must hold"),
-    ],
-)
-def test_bad_parameters_are_refused(argument, match):
-    u, v, _, _ = batch()
     with pytest.raises(ValueError, match=match):
-        core_tuning(u, v, **argument)
+        mixed_pairs(u, v, **argument)
+    with pytest.raises(ValueError, match="v must have a row"):
+        mixed_pairs(v, u)
+    with pytest.raises(ValueError, match="u and v must be"):
+        mixed_pairs(u, v[:, :3])
+
+
+def test_draws_depend_on_seed_and_step_and_never_take_a_rows_own():
+    shares = []
+    for step in range(1, 40):
+        lam, other, columns = draws(3, step, 50)
+        again = draws(3, step, 50)
+        assert all(torch.equal(a, b) for a, b in zip((lam, other, columns), again, strict=True))
+        assert (columns != torch.arange(50)).all()
+        assert columns.min() >= 0 and columns.max() < 50
+        shares += [lam, other]
+    # Beta(1, 1) is uniform; five standard deviations of a mean either way.
+    flat = torch.cat(shares)
+    assert flat.min() >= 0 and flat.max() <= 1
+    assert abs(flat.mean() - 1 / 2) < 5 * (1 / 12 / len(flat)) ** 0.5
+    assert len({tuple(x.tolist()) for x in shares}) == len(shares)
+    assert not torch.equal(draws(4, 1, 50)[0], shares[0])
+    # Of two sentences each draws the other.
+    assert draws(0, 1, 2)[2].tolist() == [1, 0]
