@@ -304,8 +304,8 @@ class AblationPanel:
         self._candidates.value = _candidates_html(self.table, self.anchor.value)
         self.png = encode(self._canvas)
         self.alt = (
-            f"Logit, slope and share of the pull by decile: {name} at temperature "
-            f"{reference.temperature:g} beside InfoNCE. The hardest tenth of the negatives gets "
+            f"Logit, slope and share of the pull by decile: {name} beside InfoNCE at temperature "
+            f"{reference.temperature:g}. The hardest tenth of the negatives gets "
             f"{100 * shares[1][-1]:.0f} % of the pull, under InfoNCE {100 * shares[0][-1]:.0f} %."
         )
         self._picture.value = plots.image(self.png, self.alt)
