@@ -1,9 +1,16 @@
-"""What a loss does to a batch, and what training did to a space: numbers behind the pictures."""
+"""What a loss does to a batch, and what training did to a space: numbers behind the pictures.
+
+`sim` is a batch's similarities, (N, M) float or (N, N), positives on the diagonal, and an anchor a
+row of it; an objective is a value or a name; columns are what is known of those of `sim`, such as
+the turn of a margin, see `losses`. A pull is dL/ds of the anchor's own loss: N times an entry of
+`losses.gradient_weights`.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,16 +30,10 @@ COMPARED = ("info_nce", "focal_info_nce")
 def batch_similarities(
     encoder: SentenceEncoder, sentences: Sequence[str], max_length: int = 32, seed: int = 0
 ) -> Tensor:
-    """The similarity matrix that the loss would see for this batch: dropout on, head on.
+    """The matrix that the loss would see for N sentences, dropout on, head on: (N, N) float32, CPU.
 
-    Args:
-        encoder: its mode and the random state are left as they were.
-        sentences: N sentences.
-        max_length: tokens kept, as in training.
-        seed: of the two dropout masks.
-
-    Returns:
-        (N, N) float32, on the CPU.
+    The encoder's mode and the random state are left as they were. max_length: tokens kept, as in
+    training. seed: of the two dropout masks.
     """
     was_training = encoder.training
     with torch.random.fork_rng(), torch.inference_mode():
@@ -44,26 +45,16 @@ def batch_similarities(
 
 
 def readout_similarities(encoder: SentenceEncoder, sentences: Sequence[str]) -> Tensor:
-    """Cosines of the sentences as evaluation reads them, without dropout and head: a teacher's.
-
-    Returns:
-        (N, N) float32, on the CPU.
-    """
+    """Cosines as evaluation reads the sentences, without dropout and head: (N, N) float32, CPU."""
     embeddings = torch.from_numpy(encoder.encode(sentences))
     return losses.similarity_matrix(embeddings, embeddings)
 
 
 def curve(objective: Any, columns: Columns = PLAIN, points: int = 201) -> pd.DataFrame:
-    """Logit and slope of one similarity s in [-1, 1], as a negative and as a positive.
-
-    Args:
-        objective: a value or a name.
-        columns: its turns are applied, such as a margin.
-        points: how many values of s.
+    """Logit and slope of a number of similarities s in [-1, 1], as a negative and as a positive.
 
     Returns:
-        Columns "similarity", "logit", "slope" (of a negative), "positive_logit",
-        "positive_slope".
+        Columns "similarity", "logit", "slope" (of a negative), "positive_logit", "positive_slope".
     """
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
     logit, slope = _of_each(s, objective, columns)
@@ -97,14 +88,7 @@ def resting_point(objective: Any, columns: Columns = PLAIN) -> float | None:
     """The similarity at which a negative is not pulled, and drawn to its anchor below.
 
     That is -m/2 for Focal-InfoNCE, -m with its stop_gradient. Found for any objective where the
-    slope of a negative's logit turns from below 0 to above.
-
-    Args:
-        objective: a value or a name.
-        columns: its turns are applied, such as a margin.
-
-    Returns:
-        None where the slope does not turn between -1 and 1.
+    slope of a negative's logit turns from below 0 to above; None where it does not turn.
     """
     low, high = -1.0, 1.0
     for _ in range(6):
@@ -124,27 +108,22 @@ def plain(objective: Any) -> InfoNCE:
     return InfoNCE(getattr(objective, "temperature", InfoNCE.temperature))
 
 
+def _hardest_first(rows: Any) -> pd.DataFrame:
+    table = pd.DataFrame(rows)
+    return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
+
+
 def candidates(
-    sim: Tensor,
-    sentences: Sequence[str],
-    anchor: int,
-    objective: Any,
-    columns: Columns = PLAIN,
+    sim: Tensor, sentences: Sequence[str], anchor: int, objective: Any, columns: Columns = PLAIN
 ) -> pd.DataFrame:
     """The softmax of one row: how likely each candidate counts as the anchor's other view.
-
-    Args:
-        sim: (N, N) float, positives on the diagonal.
-        sentences: the batch, N sentences.
-        anchor: the row, 0 to N - 1.
-        objective, columns: as in `losses.gradient_weights`.
 
     Returns:
         N rows, most similar first: "candidate" (the column of `sim`), "sentence", "similarity",
         "plain" (its probability under InfoNCE at the same temperature), "chosen" (under the
         objective). Each probability sums to 1.
     """
-    table = pd.DataFrame(
+    return _hardest_first(
         {
             "candidate": range(len(sim)),
             "sentence": list(sentences),
@@ -153,25 +132,19 @@ def candidates(
             "chosen": losses.logits(sim, objective, columns)[anchor].softmax(dim=0).numpy(),
         }
     )
-    return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
 
 
 def negative_pulls(
     sim: Tensor, objective: Any, columns: Columns = PLAIN
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Similarity of every negative of a batch and dL/ds of its anchor's own loss.
-
-    Args:
-        sim: (N, M) float, positives on the diagonal.
-        objective, columns: as in `losses.gradient_weights`.
-
-    Returns:
-        similarities, pulls: (N * (M - 1),) float each, row by row. A pull is N times the entry of
-        `losses.gradient_weights`: that of one row, before the mean.
-    """
+    """Similarity of every negative of a batch and its pull: (N * (M - 1),) each, row by row."""
     weights = len(sim) * losses.gradient_weights(sim, objective, columns)
-    negative = ~torch.eye(*sim.shape, dtype=torch.bool)
-    return sim[negative].numpy(), weights[negative].numpy()
+    return _negatives(sim), _negatives(weights)
+
+
+def _negatives(x: Tensor) -> np.ndarray:
+    """What is not on the diagonal."""
+    return x[~torch.eye(*x.shape, dtype=torch.bool)].numpy()
 
 
 def tenths(s: np.ndarray) -> list[np.ndarray]:
@@ -180,10 +153,7 @@ def tenths(s: np.ndarray) -> list[np.ndarray]:
 
 
 def decile_shares(sim: Tensor, objective: Any, columns: Columns = PLAIN) -> np.ndarray:
-    """Share of the absolute pull on all negatives that each tenth of them gets: (10,), sums to 1.
-
-    Arguments as in `negative_pulls`. Tenths run from the least similar to the hardest.
-    """
+    """Share of the absolute pull on negatives that each of their `tenths` gets: (10,), sum 1."""
     s, pull = negative_pulls(sim, objective, columns)
     pull = np.abs(pull)
     return np.array([pull[tenth].sum() for tenth in tenths(s)]) / pull.sum()
@@ -197,29 +167,17 @@ def hardest_share(sim: Tensor, objective: Any, columns: Columns = PLAIN) -> floa
 def pull_by_decile(sim: Tensor, objectives: Sequence[Any] = COMPARED) -> pd.DataFrame:
     """How the pull on negatives spreads over deciles of similarity, for several losses.
 
-    Args:
-        sim: (N, M) float, positives on the diagonal.
-        objectives: values or names.
-
     Returns:
-        Columns "name" (of the loss), "decile" (1 to 10, 10 = most similar), "share" (of the
-        absolute pull on all negatives, 0 to 1), "similarity" (mean in the decile).
+        Columns "name" (of the loss), "decile" (1 to 10, 10 = most similar), "similarity" (mean in
+        the decile), "share" (of the absolute pull on all negatives, 0 to 1).
     """
-    s = sim[~torch.eye(*sim.shape, dtype=torch.bool)].numpy()
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "name": name(named(objective)),
-                    "decile": range(1, 11),
-                    "similarity": [s[tenth].mean() for tenth in tenths(s)],
-                    "share": decile_shares(sim, objective),
-                }
-            )
-            for objective in objectives
-        ],
-        ignore_index=True,
-    )
+    s = _negatives(sim)
+    deciles = {"decile": range(1, 11), "similarity": [s[tenth].mean() for tenth in tenths(s)]}
+    tables = [
+        pd.DataFrame({"name": name(named(o)), **deciles, "share": decile_shares(sim, o)})
+        for o in objectives
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def anchor_negatives(
@@ -227,21 +185,15 @@ def anchor_negatives(
 ) -> pd.DataFrame:
     """The negatives of one anchor with their pull under each of several objectives.
 
-    Args:
-        sim: (N, N) float, positives on the diagonal.
-        anchor: the row, 0 to N - 1.
-        objectives: values or names.
-
     Returns:
         N - 1 rows, most similar first: "negative" (the column of `sim`), "similarity", and a pull
-        under the name of each objective, see `negative_pulls`.
+        under the name of each objective.
     """
     row = {"negative": range(len(sim)), "similarity": sim[anchor].numpy()}
     for objective in objectives:
         weights = losses.gradient_weights(sim, objective)
         row[name(named(objective))] = len(sim) * weights[anchor].numpy()
-    table = pd.DataFrame(row).drop(index=anchor)
-    return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
+    return _hardest_first(pd.DataFrame(row).drop(index=anchor))
 
 
 def likely_false_negatives(
@@ -250,8 +202,7 @@ def likely_false_negatives(
     """Pairs of a batch that count as negatives and may well not be: alike, and of one label.
 
     Args:
-        sim: (N, N) float, positives on the diagonal.
-        labels: N labels, such as the article that a sentence comes from.
+        sim, labels: of N sentences; a label is such as the article that one comes from.
         quantile: 0 to 1; a pair is alike if its similarity reaches this quantile of all pairs.
 
     Returns:
@@ -262,8 +213,7 @@ def likely_false_negatives(
     similarity = ((sim + sim.T) / 2).numpy()[i, j]
     titles = np.asarray(labels)
     found = (titles[i] == titles[j]) & (similarity >= np.quantile(similarity, quantile))
-    table = pd.DataFrame({"i": i[found], "j": j[found], "similarity": similarity[found]})
-    return table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
+    return _hardest_first({"i": i[found], "j": j[found], "similarity": similarity[found]})
 
 
 def false_negative_share(sim: Tensor, labels: Sequence[str], objective: Any) -> float:
@@ -277,12 +227,7 @@ def false_negative_share(sim: Tensor, labels: Sequence[str], objective: Any) -> 
 def effects(
     sim: Tensor, labels: Sequence[str], objective: Any, columns: Columns = PLAIN
 ) -> dict[str, float]:
-    """How a loss acts on a batch, in numbers.
-
-    Args:
-        sim: (N, N) float, positives on the diagonal.
-        labels: N labels, such as the article of each sentence.
-        objective, columns: as in `losses.gradient_weights`.
+    """How a loss acts on a batch with N labels, such as the article of each sentence, in numbers.
 
     Returns:
         effective_temperature: one over the slope of the logits, which is 1 / tau for InfoNCE and
@@ -295,10 +240,10 @@ def effects(
         these take.
     """
     s, pull = negative_pulls(sim, objective, columns)
-    negatives = ~np.eye(len(sim), dtype=bool)
     logit, slope = _logits_and_slopes(sim, objective, columns)
-    p, slope = logit.softmax(dim=1).numpy()[negatives], slope.numpy()[negatives]
-    same = np.equal.outer(np.asarray(labels), np.asarray(labels))[negatives]
+    p, slope = _negatives(logit.softmax(dim=1)), _negatives(slope)
+    titles = np.asarray(labels)
+    same = _negatives(torch.from_numpy(titles[:, None] == titles))
     return {
         "effective_temperature": float(p.sum() / (p * slope).sum()),
         "hardest": hardest_share(sim, objective, columns),
@@ -313,9 +258,7 @@ def effects(
 def neighbourhood_purity(x: np.ndarray, labels: Sequence[str], k: int = 10) -> float:
     """Share of a point's k nearest neighbours that carry its own label, mean over points: 0 to 1.
 
-    Args:
-        x: (n, D) float, rows of unit length for neighbours by cosine; n > k.
-        labels: n labels.
+    x: (n, D) float, rows of unit length for neighbours by cosine; n > k.
     """
     codes = np.unique(np.asarray(labels), return_inverse=True)[1]
     similarity = x @ x.T
@@ -329,27 +272,16 @@ def below_resting_point(
 ) -> pd.DataFrame:
     """How many negatives lie below s = -m/2, and how much of the pull draws them to the anchor.
 
-    Args:
-        sim: (N, M) float, positives on the diagonal.
-        m_values: values of m to try.
-        temperature: tau > 0.
-
     Returns:
-        Columns "m", "resting_point", "below" (share of the negatives, 0 to 1), "pull_towards"
-        (share of the absolute pull on negatives that raises their similarity, 0 to 1).
+        One row a value of m: "m", "resting_point", "below" (share of the negatives, 0 to 1),
+        "pull_towards" (share of the absolute pull on negatives that raises their similarity).
     """
     rows = []
     for m in m_values:
         s, pull = negative_pulls(sim, FocalInfoNCE(temperature, m))
-        rows.append(
-            {
-                "m": m,
-                "resting_point": -m / 2,
-                "below": float((s < -m / 2).mean()),
-                "pull_towards": float(np.abs(pull[pull < 0]).sum() / np.abs(pull).sum()),
-            }
-        )
-    return pd.DataFrame(rows)
+        towards = np.abs(pull[pull < 0]).sum() / np.abs(pull).sum()
+        rows.append((m, -m / 2, float((s < -m / 2).mean()), float(towards)))
+    return pd.DataFrame(rows, columns=["m", "resting_point", "below", "pull_towards"])
 
 
 def umap_map(x: np.ndarray, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
@@ -357,13 +289,8 @@ def umap_map(x: np.ndarray, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
 
     Distances of all pairs are held: 4 n^2 bytes.
     """
-    with _umap_alone():
-        import umap  # compiles on import, which takes seconds
-
-        reducer = umap.UMAP(
-            n_neighbors=n_neighbors, metric="precomputed", random_state=seed, n_jobs=1
-        )
-        return reducer.fit_transform(_cosine_distances(x))
+    with _umap(n_neighbors, seed) as (umap, settings):
+        return umap.UMAP(**settings, n_jobs=1).fit_transform(_cosine_distances(x))
 
 
 def aligned_maps(
@@ -387,12 +314,8 @@ def aligned_maps(
         return {name: umap_map(x, n_neighbors, seed) for name, x in embeddings.items()}
     distances = [_cosine_distances(x) for x in embeddings.values()]
     same = {i: i for i in range(len(distances[0]))}
-    with _umap_alone():
-        import umap
-
-        mapper = umap.AlignedUMAP(
-            n_neighbors=n_neighbors, metric="precomputed", random_state=seed, transform_seed=seed
-        )
+    with _umap(n_neighbors, seed) as (umap, settings):
+        mapper = umap.AlignedUMAP(**settings, transform_seed=seed)
         placed = mapper.fit_transform(distances, relations=[same] * (len(distances) - 1))
     return dict(zip(embeddings, map(np.asarray, placed), strict=True))
 
@@ -407,7 +330,8 @@ def _cosine_distances(x: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _umap_alone() -> Iterator[None]:
+def _umap(n_neighbors: int, seed: int) -> Iterator[tuple[ModuleType, dict[str, Any]]]:
+    """The library and what both kinds of map are made with."""
     # What it warns of is meant: a seed means one thread, and no map is inverted. Its compiler sets
     # torch's threads too, and on another number of them sums round otherwise: a run trained after
     # a map would differ in its last bits from one trained before.
@@ -415,7 +339,9 @@ def _umap_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value|using precomputed metric")
         try:
-            yield
+            import umap  # compiles on import, which takes seconds
+
+            yield umap, {"n_neighbors": n_neighbors, "random_state": seed, "metric": "precomputed"}
         finally:
             torch.set_num_threads(threads)
 
@@ -426,10 +352,7 @@ def map_trustworthiness(x: np.ndarray, xy: np.ndarray, k: int = 10) -> float:
     Each of the k nearest on the map that is none of the k nearest by cosine costs its rank beyond
     k (Venna & Kaski 2001). Memory grows with n squared: 1.5 GB for 8,000 points.
 
-    Args:
-        x: (n, D) float, the embeddings; n > 2 k.
-        xy: (n, 2) float, the map.
-        k: neighbours looked at.
+    x, xy: (n, D) and (n, 2) float, the embeddings and their map; n > 2 k.
     """
     from sklearn.manifold import trustworthiness
 
