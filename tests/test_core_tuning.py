@@ -1,14 +1,26 @@
 """The mixed pairs of Core-tuning and their loss, against the formulas written out in float64."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from formulas import logit_and_slope, turned
 
+from fcse.config import TrainConfig
+from fcse.encoder import SentenceEncoder
 from fcse.losses import Columns, Own, chunked_loss, loss, similarity_matrix
-from fcse.methods.adap_acse import turn
-from fcse.methods.core_tuning import MIN_NEGATIVE_WEIGHT, FocalWeight, draws, mixed_pairs
+from fcse.methods import Batch, Sentences, Start
+from fcse.methods.adap_acse import AdapACSE, turn
+from fcse.methods.core_tuning import (
+    MIN_NEGATIVE_WEIGHT,
+    CoreTuning,
+    FocalWeight,
+    draws,
+    mixed_pairs,
+)
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE, name
+from fcse.training.batches import compare, loss_of
 
 IDS = torch.tensor([[0, 1, 2, 3, 0, 5, 5, 7], [0, 1, 1, 3, 4, 2, 6, 3]])
 ONE_SENTENCE = torch.zeros(8, dtype=torch.int64)
@@ -241,3 +253,32 @@ def test_draws_depend_on_seed_and_step_and_never_take_a_rows_own():
     assert not torch.equal(draws(4, 1, 50)[0], shares[0])
     # Of two sentences each draws the other.
     assert draws(0, 1, 2)[2].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("settings", [CoreTuning(), CoreTuning(focal_weight=False)], ids=name)
+@pytest.mark.parametrize("alike", [False, True], ids=["no repeats", "repeats and labels"])
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_the_loss_of_a_step_is_the_formula(settings, alike, margin, tiny_model, sentences):
+    u, v, *_ = batch(seed=4)
+    v = v[:5]
+    encoder = SentenceEncoder.from_pretrained(tiny_model("bert"))
+    start = Start(TrainConfig(seed=2), encoder, None)
+    on = [AdapACSE(margin, tiny_model("roberta"))] if margin else []
+    acting = [method.begin(start) for method in (*on, settings)]
+    texts = sentences[:5]
+    groups = [[0, 1, 2, 1, 4], [5, 6, 7, 8, 5]] if alike else [[0, 1, 2, 3, 4]]
+    ids, *labels = map(torch.tensor, groups)
+    step = Batch(5, 5, Sentences(np.arange(5), texts, [()] * 5), ids=ids, labels=tuple(labels))
+    for method in acting:
+        method.receive(step)
+    teacher = np.zeros((5, 5))
+    if margin:
+        known = SentenceEncoder.from_pretrained(tiny_model("roberta"), "mean").encode(texts)
+        teacher = np.array([[unit(a) @ unit(b) for b in known] for a in known])
+    found = loss_of(FocalInfoNCE(0.2), acting, nullcontext(), compare(step, 0, u, v))
+    *weights, drawn = draws(2, 5, 5)
+    assert drawn[1] == 3 and drawn[4] == 0  # left out where those are repeats, or of one label
+    arrays = numpy_of(u, v, torch.stack(weights), drawn)
+    objective = FocalWeight(FocalInfoNCE(0.2)) if settings.focal_weight else FocalInfoNCE(0.2)
+    expected = by_hand(*arrays, groups, objective, margin, teacher)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
