@@ -10,30 +10,24 @@ import torch
 from matplotlib.colors import to_rgba
 
 from fcse import analysis, losses, plots
-from fcse.config import TrainConfig
 from fcse.data import article_batch, load_wiki_articles
-from fcse.study import trajectories, with_untrained
+from fcse.objectives import VARIANTS, FocalInfoNCE, HardnessInfoNCE, InfoNCE
+from fcse.study.embedded import trajectories, with_untrained
 from fcse.training import train
 from fcse.widgets import MapExplorer, NegativeExplorer, TrajectoryPlane
+from fcse.widgets.negatives import compared
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_model, small_corpus):
+def runs(tmp_path_factory, tiny_config):
     """A tiny model trained with both losses, with weights of steps 0, 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("runs")
-    config = TrainConfig(
-        encoder=tiny_model("bert"),
-        corpus=small_corpus,
-        batch_size=8,
-        steps=6,
-        eval_steps=2,
-        learning_rate=1e-2,
-        checkpoints=True,
-    )
-    return {
-        key: train(replace(config, objective=key, output=folder / key))
-        for key in ("info_nce", "focal_info_nce")
-    }
+    settings = {"max_length": 32, "eval_steps": 2, "learning_rate": 1e-2, "checkpoints": True}
+    configs = [
+        tiny_config(folder / objective, objective=objective, **settings)
+        for objective in ("info_nce", "focal_info_nce")
+    ]
+    return {config.name: train(config) for config in configs}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,7 @@ def shown(explorer):
 
 
 @pytest.mark.parametrize(
-    ("control", "value"), [("anchor", 5), ("step", 4), ("run", "focal_info_nce")]
+    ("control", "value"), [("anchor", 5), ("step", 4), ("run", "Focal-InfoNCE")]
 )
 def test_every_control_of_the_negatives_changes_what_is_shown(explorer, control, value):
     explorer.step.value = 2
@@ -65,34 +59,53 @@ def test_every_control_of_the_negatives_changes_what_is_shown(explorer, control,
 
 
 def test_the_steps_are_those_of_the_run(explorer, runs):
-    assert list(explorer.step.options) == runs["info_nce"].steps == [0, 2, 4, 6]
+    assert list(explorer.step.options) == runs["InfoNCE"].steps == [0, 2, 4, 6]
     explorer.step.value = 4
-    explorer.run.value = "focal_info_nce"
+    explorer.run.value = "Focal-InfoNCE"
     assert explorer.step.value == 4
 
 
 def test_the_table_holds_the_numbers_of_the_losses(explorer, runs, batch):
     explorer.step.value, explorer.anchor.value = 6, 9
     sentences, titles = batch
-    sim = analysis.batch_similarities(runs["info_nce"].encoder, sentences)
+    sim = analysis.batch_similarities(runs["InfoNCE"].encoder, sentences)
     x = sim.clone().requires_grad_()
-    for key, loss in (
-        ("info_nce", losses.info_nce(x)),
-        ("focal_info_nce", losses.focal_info_nce(x)),
-        ("hardness_info_nce", losses.hardness_info_nce(x)),
+    for name, loss in (
+        ("InfoNCE", losses.info_nce(x)),
+        ("Focal-InfoNCE", losses.focal_info_nce(x)),
+        ("Hardness-InfoNCE", losses.hardness_info_nce(x)),
     ):
         (gradient,) = torch.autograd.grad(len(sim) * loss, x)
         by_hand = gradient[9][torch.tensor(explorer.table["negative"])]
-        np.testing.assert_allclose(explorer.table[key], by_hand, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(explorer.table[name], by_hand, rtol=1e-4, atol=1e-7)
     rows = shown(explorer)
-    share = explorer.table["info_nce"].abs() / explorer.table["info_nce"].abs().sum()
+    share = explorer.table["InfoNCE"].abs() / explorer.table["InfoNCE"].abs().sum()
     for k, cells in enumerate(rows):
         row = explorer.table.iloc[k]
         assert cells[1] == f"{row['similarity']:.3f}"
-        assert cells[2] == f"{row['info_nce']:.2g} ({100 * share[k]:.0f} %)"
+        assert cells[2] == f"{row['InfoNCE']:.2g} ({100 * share[k]:.0f} %)"
         assert cells[5] == ("⚑ likely" if row["false_negative"] else "")
         assert row["sentence"] == sentences[row["negative"]]
         assert row["article"] == titles[row["negative"]]
+
+
+def test_a_run_s_own_loss_stands_among_the_three_at_its_temperature(runs, batch):
+    assert compared(InfoNCE(0.1)) == [InfoNCE(0.1), FocalInfoNCE(0.1), HardnessInfoNCE(0.1)]
+    for own in VARIANTS:
+        assert own in compared(own)
+        assert len(compared(own)) == 3
+    half = FocalInfoNCE(0.1, modulate="positive")
+    run = runs["Focal-InfoNCE"]
+    run = replace(run, config=replace(run.config, objective=half))
+    table = NegativeExplorer({run.config.name: run}, *batch).table
+    names = ["(temperature=0.1)", "(temperature=0.1, modulate=positive)", "(temperature=0.1)"]
+    kinds = ("InfoNCE", "Focal-InfoNCE", "Hardness-InfoNCE")
+    shown = [f"{kind} {name}" for kind, name in zip(kinds, names, strict=True)]
+    assert list(table)[2:5] == shown
+    by_hand = analysis.anchor_negatives(
+        analysis.batch_similarities(run.encoder_at(0), batch[0]), 0, [half]
+    )
+    np.testing.assert_array_equal(table[shown[1]], by_hand[shown[1]])
 
 
 def test_marks_and_list_agree(explorer, batch):
@@ -115,10 +128,10 @@ def test_text_is_shown_as_text(runs):
 
 
 def test_an_encoder_without_training_has_one_step(runs, batch):
-    start = replace(runs["info_nce"], record={"kept_step": 0}, checkpoints={})
-    explorer = NegativeExplorer({"encoder": start}, *batch)
+    start = replace(runs["InfoNCE"], record={"kept_step": 0}, checkpoints={})
+    explorer = NegativeExplorer({"chosen encoder": start}, *batch)
     assert list(explorer.step.options) == [0]
-    assert list(with_untrained({"encoder": start})) == ["encoder"]
+    assert list(with_untrained({"chosen encoder": start})) == ["chosen encoder"]
     assert list(with_untrained(runs)) == ["untrained", *runs]
 
 
@@ -194,10 +207,10 @@ def test_tens_of_thousands_of_points_are_no_burden():
 
 def test_the_plane_shows_every_scoring_and_its_lines_move(runs):
     path = trajectories(runs)
-    assert list(path.columns) == ["run", "step", "alignment", "uniformity", "score"]
-    for key, run in runs.items():
+    assert list(path.columns) == ["name", "step", "alignment", "uniformity", "score"]
+    for name, run in runs.items():
         scored = pd.DataFrame(run.evaluations)
-        rows = path[path["run"] == key]
+        rows = path[path["name"] == name]
         assert list(rows["step"]) == [0, 2, 4, 6]
         np.testing.assert_array_equal(rows["score"], scored["lee"])
         np.testing.assert_array_equal(rows["uniformity"], scored["lee_uniformity"])
@@ -206,14 +219,15 @@ def test_the_plane_shows_every_scoring_and_its_lines_move(runs):
     assert f"uniformity from {path['uniformity'].iloc[0]:.2f} to" in said
     shown = plane.scatter.widget
     assert len(shown.points) == len(path)
-    colours = [to_rgba(plots.COLOURS[key]) for key in runs]
+    colours = [to_rgba(plots.style(name).colour) for name in runs]
     np.testing.assert_allclose(shown.color, colours)
     np.testing.assert_allclose(shown.connection_color, colours)
     for weight in (1.0, 0.0):
         plane.weight.value = weight
         total = path["alignment"] + weight * path["uniformity"]
         assert f"{total.min():.3f}" in plane._facts.value
-        assert plots.NAMES[path["run"][total.idxmin()]] in plane._facts.value
+        best = path.loc[total.idxmin()]
+        assert f"{best['name']} after step {best['step']}." in plane._facts.value
         for line in plane.scatter.annotations()["annotations"]:
             sums = [y + weight * x for x, y in line.vertices]
             assert sums[0] == pytest.approx(sums[1])

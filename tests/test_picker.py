@@ -5,19 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fcse.encoder.sentence_encoder import weights_hash
 from fcse.errors import InputError
-from fcse.recipes import recipe
-from fcse.runs import weights_hash
+from fcse.objectives import FocalInfoNCE
 from fcse.training import train
 from fcse.widgets import RunPicker, SeedsPicker
 
 
 @pytest.fixture
-def trained(tiny_model, small_corpus, tmp_path, monkeypatch):
+def trained(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("FCSE_RUNS", str(tmp_path / "runs"))
-    short = recipe("minilm-short")
-    tiny = {"encoder": str(tiny_model("bert")), "corpus": str(small_corpus), "batch_size": 8}
-    return train(replace(short, **tiny, steps=2, objective="info_nce"))
+    config = tiny_config("-", recipe="minilm-short", objective="info_nce", steps=2)
+    return train(replace(config, output=None))
 
 
 def test_fresh_runs_runs_that_are_there_and_a_name_are_offered(trained):
@@ -33,8 +32,8 @@ def test_a_run_is_loaded(trained):
     picker = RunPicker()
     picker.choice.value = str(trained.folder)
     assert "is picked" in picker.message
-    assert picker.runs["info_nce"].losses == trained.losses
-    assert RunPicker(trained.folder).runs["info_nce"].losses == trained.losses
+    assert picker.runs["InfoNCE"].losses == trained.losses
+    assert RunPicker(trained.folder).runs["InfoNCE"].losses == trained.losses
 
 
 def test_an_encoder_is_loaded_by_name(trained, tiny_model):
@@ -46,14 +45,14 @@ def test_an_encoder_is_loaded_by_name(trained, tiny_model):
     first = weights_hash(run.encoder)
     picker.choice.value = str(trained.folder)
     picker.name.value = str(tiny_model("bert"))
-    assert picker.runs["encoder"].encoder.backbone.config.model_type == "bert"
-    assert weights_hash(picker.runs["encoder"].encoder) != first
+    assert picker.runs["chosen encoder"].encoder.backbone.config.model_type == "bert"
+    assert weights_hash(picker.runs["chosen encoder"].encoder) != first
 
 
 @pytest.mark.usefixtures("no_sts_data")
 def test_what_cannot_be_loaded_is_said_and_nothing_is_lost(trained, tmp_path):
     picker = RunPicker(trained.folder)
-    before = picker.runs["info_nce"]
+    before = picker.runs["InfoNCE"]
     picker.name.value = "no/such-<model>"
     assert "'no/such-<model>' could not be loaded" in picker.message
     assert "<model>" not in picker.widget.children[2].value
@@ -62,29 +61,30 @@ def test_what_cannot_be_loaded_is_said_and_nothing_is_lost(trained, tmp_path):
     other.choice.value = str(trained.folder)
     assert "is damaged" in other.message
     assert other.source == "minilm-short"
-    assert picker.runs["info_nce"] is before
-    assert torch.isfinite(torch.tensor(picker.runs["info_nce"].losses)).all()
+    assert picker.runs["InfoNCE"] is before
+    assert torch.isfinite(torch.tensor(picker.runs["InfoNCE"].losses)).all()
     with pytest.raises(InputError):
         RunPicker("no/such-model").runs  # noqa: B018
 
 
 @pytest.fixture
 def seeds(trained):
-    """The folder of runs of both losses with seeds 0 and 1, and a trial at another temperature."""
+    """The folder of runs of both losses with seeds 0 and 1, and trials with other settings."""
     for seed in (0, 1):
         for objective in ("info_nce", "focal_info_nce"):
             train(replace(trained.config, seed=seed, objective=objective))
-    train(replace(trained.config, temperature=0.2))
+    train(replace(trained.config, objective=FocalInfoNCE(0.2)))
+    train(replace(trained.config, learning_rate=2e-3))
     return trained.folder.parent
 
 
 def test_seeds_of_both_losses_are_read_from_a_folder(seeds):
     runs = SeedsPicker(seeds, seeds=[0, 1, 2]).runs
-    assert sorted(zip(runs["objective"], runs["seed"], strict=True)) == [
-        ("focal_info_nce", 0),
-        ("focal_info_nce", 1),
-        ("info_nce", 0),
-        ("info_nce", 1),
+    assert sorted(zip(runs["name"], runs["seed"], strict=True)) == [
+        ("Focal-InfoNCE", 0),
+        ("Focal-InfoNCE", 1),
+        ("InfoNCE", 0),
+        ("InfoNCE", 1),
     ]
     picker = SeedsPicker(seeds=[0, 1])
     assert picker.source == "minilm-short"
