@@ -5,6 +5,7 @@ The tables are those of the grids in figures/study/, one CSV beside each TOML fi
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,7 @@ CONTRASTS = {
 
 
 def read_study(*paths: Path) -> pd.DataFrame:
-    """A study's rows, with "avg", the mean of the STS tasks, where all seven are there.
-
-    Args:
-        paths: CSV files of grids, one below the other.
+    """Rows of grids' CSV files, with "avg", the mean of the STS tasks, where all seven are there.
 
     Raises:
         InputError: a file is not there, or is no such table.
@@ -86,24 +84,14 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.DataFrame:
-    """The setting of each loss whose mean over seeds is highest on the dev split.
-
-    Args:
-        table: from `read_study`.
-        settings: the columns that were searched, such as learning_rate.
-        by: the column of scores.
+    """The setting of each loss whose mean over seeds is highest, by default on the dev split.
 
     Returns:
-        One row a loss: "name", the settings, `by` (the mean) and "seeds".
+        One row a loss: "name", the settings that were searched, `by` (the mean) and "seeds".
     """
-    means = (
-        table.groupby(["name", *settings], dropna=False)[by]
-        .agg(["mean", "count"])
-        .rename(columns={"mean": by, "count": "seeds"})
-        .reset_index()
-    )
-    best = means.loc[means.groupby("name")[by].idxmax()]
-    return best.sort_values("name", key=lambda v: v.map(rank), kind="stable", ignore_index=True)
+    found = means(table, settings, by).rename(columns={"score": by})
+    best = found.loc[found.groupby("name", sort=False)[by].idxmax()]
+    return best[["name", *settings, by, "seeds"]].reset_index(drop=True)
 
 
 def contrasts(
@@ -129,9 +117,7 @@ def contrasts(
     """
     compared = pairs(table["name"]) if compared is None else compared
     rows = []
-    for (score, corpus), family in (
-        ((score, corpus), rows) for score in scores for corpus, rows in table.groupby("corpus")
-    ):
+    for score, (corpus, family) in product(scores, table.groupby("corpus")):
         by_seed = family.pivot_table(index="seed", columns="name", values=score)
         found = [
             {"score": score, "corpus": corpus, "baseline": baseline, "name": loss}
@@ -146,14 +132,10 @@ def contrasts(
 def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
     """Whether methods and the modulation add up: what each gains with it, less what without.
 
-    Args:
-        table: as in `contrasts`, with InfoNCE, Focal-InfoNCE, and methods with and without it.
-        scores: columns of scores; the methods on one score are a family.
-
     Returns:
         One row a score and method that ran both ways: "score", "method" and the numbers of
         `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain with the
-        modulation.
+        modulation. The methods on one score are a family.
 
     Raises:
         InputError: as in `contrasts`.
@@ -205,16 +187,11 @@ def without_and_with(gains: pd.DataFrame) -> pd.DataFrame:
         One row a method (or the modulation itself), columns (score, baseline) of texts as of
         `written`; "" where it did not run that way.
     """
-    table = gains.assign(
-        gain=written(gains),
-        method=[
-            row.name.removeprefix(f"{row.baseline} + ")
-            for row in gains.rename_axis(None)[["name", "baseline"]].itertuples(name="Row")
-        ],
-    )
-    order = dict.fromkeys(table["method"])
+    pairs = zip(gains["baseline"], gains["name"], strict=True)
+    methods = [loss.removeprefix(f"{baseline} + ") for baseline, loss in pairs]
+    table = gains.assign(gain=written(gains), method=methods)
     wide = table.pivot(index="method", columns=["score", "baseline"], values="gain")
-    return wide.loc[list(order)].fillna("")
+    return wide.loc[table["method"].unique()].fillna("")
 
 
 def written(table: pd.DataFrame) -> pd.Series:
@@ -227,15 +204,9 @@ def written(table: pd.DataFrame) -> pd.Series:
 
 
 def shown(gains: pd.DataFrame, baseline: str, loss: str, sign: int = 1) -> pd.Series:
-    """On which corpora a loss lies above its baseline: p < 0.05 after Holm's correction.
+    """Whether a loss lies above its baseline (sign -1: below), p < 0.05 after Holm's correction.
 
-    Args:
-        gains: `contrasts` of one score.
-        baseline, loss: by name.
-        sign: -1 asks whether it lies below.
-
-    Returns:
-        bool, indexed by corpus.
+    gains: `contrasts` of one score. Returns bools, indexed by corpus.
     """
     found = gains[(gains["baseline"] == baseline) & (gains["name"] == loss)].set_index("corpus")
     return (sign * found["difference"] > 0) & (found["p_holm"] < 0.05)
@@ -282,11 +253,7 @@ def means(
 
 
 def random_batches(count: int = 8, size: int = 64, seed: int = 0) -> list[tuple[list[str], ...]]:
-    """Batches as training draws them from the packaged corpus, with the article of each sentence.
-
-    Returns:
-        `count` times (sentences, titles), `size` each.
-    """
+    """Batches as training draws them from the packaged corpus: (sentences, their articles) each."""
     known = [(s, title) for title, article in load_wiki_articles().items() for s in article]
     rows = np.random.default_rng(seed).permutation(len(known))[: count * size]
     return [
@@ -299,7 +266,7 @@ def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -
     """What a run's own loss does to fixed batches in each state whose weights there are.
 
     Args:
-        run: with checkpoints; any more states make the path finer.
+        run: its checkpoints make the path finer.
         batches: from `random_batches`.
 
     Returns:
@@ -372,13 +339,12 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
     found: dict[str, pd.DataFrame] = {}
     if paths := _tables(folder, RATES):
         found["chosen"] = chosen(read_study(*paths), ["learning_rate"])
-    for name, (setting, xlabel) in _BY_SETTING.items():
+    for name, xlabel in _BY_SETTING.items():
         if is_file(folder / f"{name}.csv"):
             rows = read_study(folder / f"{name}.csv")
-            found[name] = table = means(rows, [setting])
+            found[name] = table = means(rows, [name])
             title = f"{_what(rows)}, {DEV}: mean and span of seeds"
-            picture = plots.by_setting(table, setting, xlabel, title)
-            plots.save(picture, table, folder / f"by_{name}")
+            plots.save(plots.by_setting(table, name, xlabel, title), table, folder / f"by_{name}")
     if is_file(folder / "surface.csv"):
         rows = read_study(folder / "surface.csv")
         found["surface"] = table = means(rows, ["temperature", "m"], by="objective")
@@ -403,11 +369,8 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
     return found
 
 
-_BY_SETTING = {
-    "learning_rate": ("learning_rate", "peak learning rate"),
-    "batch_size": ("batch_size", "batch size [sentences]"),
-}
-"""Table -> the setting that varies in it, and what its axis says."""
+_BY_SETTING = {"learning_rate": "peak learning rate", "batch_size": "batch size [sentences]"}
+"""Table, and the setting that varies in it -> what its axis says."""
 
 
 def _tables(folder: Path, names: Sequence[str]) -> list[Path]:
