@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from formulas import kinds, logit_and_slope, loss_and_weights, turned
 
-from fcse import analysis, losses
+from fcse import analysis
+from fcse.losses import Columns
+from fcse.methods.adap_acse import turn
+from fcse.methods.core_tuning import FocalWeight
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE, name
 
 
 @pytest.fixture
@@ -18,50 +24,108 @@ def sim():
     return matrix.fill_diagonal_(0.9)
 
 
-@pytest.mark.parametrize("objective", ["info_nce", "focal_info_nce"])
+def pulls_by_hand(sim, objective):
+    return len(sim) * loss_and_weights(sim.double().numpy(), objective)[1]
+
+
+@pytest.mark.parametrize("objective", kinds(0.1), ids=name)
 def test_negative_pulls_are_the_gradient_of_each_row(sim, objective):
-    x = sim.double().requires_grad_()
-    modulate = "both" if objective == "focal_info_nce" else "none"
-    (20 * losses.focal_info_nce(x, 0.1, 0.3, modulate)).backward()
-    s, pull = analysis.negative_pulls(sim, objective, temperature=0.1)
-    negative = ~torch.eye(20, dtype=torch.bool)
-    np.testing.assert_allclose(pull, x.grad[negative].numpy(), rtol=1e-4, atol=1e-7)
+    s, pull = analysis.negative_pulls(sim, objective)
+    negative = ~np.eye(20, dtype=bool)
+    by_hand = pulls_by_hand(sim, objective)[negative]
+    np.testing.assert_allclose(pull, by_hand, rtol=1e-4, atol=1e-7)
     np.testing.assert_array_equal(s, sim[negative].numpy())
 
 
 def test_deciles_share_the_whole_pull(sim):
-    table = analysis.pull_by_decile(sim, temperature=0.5)
-    for objective, rows in table.groupby("objective"):
-        s, pull = analysis.negative_pulls(sim, objective, temperature=0.5)
-        ranks = s.argsort().argsort()
-        total = np.abs(pull).sum()
-        expected = [np.abs(pull[ranks // 38 == d]).sum() / total for d in range(10)]
+    objectives = kinds(0.5)
+    table = analysis.pull_by_decile(sim, objectives)
+    assert list(table["name"].unique()) == [name(x) for x in objectives]
+    for objective in objectives:
+        rows = table[table["name"] == name(objective)]
+        negative = ~np.eye(20, dtype=bool)
+        pull = np.abs(pulls_by_hand(sim, objective)[negative])
+        ranks = sim.numpy()[negative].argsort().argsort()
+        expected = [pull[ranks // 38 == d].sum() / pull.sum() for d in range(10)]
         np.testing.assert_allclose(rows["share"], expected, rtol=1e-5)
         assert rows["similarity"].is_monotonic_increasing
-        assert analysis.hardest_share(sim, objective, 0.5) == pytest.approx(expected[-1], rel=1e-5)
+        hardest = analysis.hardest_share(sim, objective)
+        assert hardest == pytest.approx(expected[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", kinds(0.1, 0.4), ids=name)
+def test_curves_are_the_formulas(objective):
+    table = analysis.curves([objective, "info_nce"])
+    assert list(table["name"].unique()) == [name(objective), "InfoNCE"]
+    table = table[table["name"] == name(objective)]
+    s = table["similarity"].to_numpy()
+    np.testing.assert_allclose(s, np.linspace(-1, 1, 201), atol=1e-12)
+    for prefix, positive in (("", False), ("positive_", True)):
+        logit, slope = np.array([logit_and_slope(objective, x, positive) for x in s]).T
+        np.testing.assert_allclose(table[f"{prefix}logit"], logit, atol=1e-12)
+        np.testing.assert_allclose(table[f"{prefix}slope"], slope, atol=1e-12)
+
+
+def test_the_curve_of_a_margin_is_that_of_turned_similarities():
+    objective = FocalInfoNCE(0.1, 0.4)
+    table = analysis.curve(objective, Columns(turns=(turn(0.3),)), points=101)
+    s = table["similarity"].to_numpy()
+    seen, steepness = np.vectorize(turned)(s, 0.3, 0.0)
+    logit, slope = np.array([logit_and_slope(objective, x, False) for x in seen]).T
+    np.testing.assert_allclose(table["logit"], logit, atol=1e-12)
+    np.testing.assert_allclose(table["slope"], slope * steepness, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(table["positive_logit"], s * s / 0.1, atol=1e-12)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """The slope of its logits turns at -0.6 and at 0.2, upwards at the second alone."""
+
+    def logits(self, sim, positives):
+        return sim**3 / 3 + 0.2 * sim**2 - 0.12 * sim
 
 
 @pytest.mark.parametrize(
-    ("key", "positive", "negative"),
+    ("objective", "expected"),
     [
-        ("info_nce", lambda s: s, lambda s: s),
-        ("positive", lambda s: s * s, lambda s: s),
-        ("negative", lambda s: s, lambda s: s * (s + 0.4)),
-        ("focal_info_nce", lambda s: s * s, lambda s: s * (s + 0.4)),
-        ("hardness_info_nce", lambda s: s, lambda s: s * (1 + 0.1 * analysis.ALPHA)),
+        *((FocalInfoNCE(0.05, m), -m / 2) for m in (0.3, 0.0, -0.7, 1.9)),
+        *((FocalInfoNCE(0.05, m, "negative"), -m / 2) for m in (0.3, 0.11)),
+        *((FocalInfoNCE(0.05, m, stop_gradient=True), -m) for m in (0.3, 0.0, -0.7)),
+        (Cubic(), 0.2),
+        ("focal_info_nce", -0.15),
+        (FocalWeight(FocalInfoNCE()), -0.15),
+        *((x, None) for x in (InfoNCE(), HardnessInfoNCE(), FocalInfoNCE(modulate="positive"))),
+        *((FocalInfoNCE(m=m), None) for m in (2.5, -2.5)),
     ],
+    ids=str,
 )
-def test_curves_are_the_formulas(key, positive, negative):
-    table = analysis.curves(0.1, 0.4, [key])
-    s = table["similarity"].to_numpy()
-    np.testing.assert_allclose(table["logit"], negative(s) / 0.1, atol=1e-12)
-    np.testing.assert_allclose(table["positive_logit"], positive(s) / 0.1, atol=1e-12)
-    step = 1e-6
-    if key == "hardness_info_nce":
-        negative = positive  # the weight is a constant to the gradient
-    for column, formula in (("slope", negative), ("positive_slope", positive)):
-        slope = (formula(s + step) - formula(s - step)) / (2 * step) / 0.1
-        np.testing.assert_allclose(table[column], slope, atol=1e-6)
+def test_the_resting_point_is_where_the_slope_turns_upwards(objective, expected):
+    found = analysis.resting_point(objective)
+    assert found == (None if expected is None else pytest.approx(expected, abs=1e-6))
+
+
+def test_a_margin_moves_the_resting_point_to_what_is_turned_there():
+    found = analysis.resting_point("focal_info_nce", Columns(turns=(turn(0.2),)))
+    assert turned(found, 0.2, 0.0)[0] == pytest.approx(-0.15, abs=1e-6)
+
+
+@pytest.mark.parametrize("anchor", [0, 7])
+def test_candidates_carry_the_probabilities_of_their_row(sim, anchor):
+    names = [f"sentence {i}" for i in range(20)]
+    ids = torch.arange(20) % 15
+    objective = FocalInfoNCE(0.1, 0.4)
+    table = analysis.candidates(sim, names, anchor, objective, Columns(ids))
+    assert table["similarity"].is_monotonic_decreasing
+    assert list(table["sentence"]) == [names[j] for j in table["candidate"]]
+    assert sorted(table["candidate"]) == list(range(20))
+    row = sim[anchor].double().numpy()
+    for column, which, kept in (
+        ("plain", InfoNCE(0.1), np.full(20, True)),
+        ("chosen", objective, (ids != ids[anchor]).numpy() | (np.arange(20) == anchor)),
+    ):
+        z = np.array([logit_and_slope(which, x, j == anchor)[0] for j, x in enumerate(row)])
+        p = np.exp(z) * kept / np.exp(z)[kept].sum()
+        np.testing.assert_allclose(table[column], p[table["candidate"]], rtol=1e-4)
 
 
 def test_below_resting_point_counts_what_is_drawn_closer(sim):
@@ -112,18 +176,19 @@ def test_batch_similarities_are_what_the_loss_sees(minilm, sentences):
 
 @pytest.mark.parametrize("anchor", [0, 7])
 def test_the_negatives_of_an_anchor_carry_the_gradient_of_its_own_loss(sim, anchor):
-    x = sim.clone().requires_grad_()
-    table = analysis.anchor_negatives(sim, anchor, 0.1, 0.4)
+    objectives = kinds(0.1, 0.4)
+    table = analysis.anchor_negatives(sim, anchor, objectives)
     assert sorted(table["negative"]) == [j for j in range(20) if j != anchor]
     assert table["similarity"].is_monotonic_decreasing
-    for key, loss in (
-        ("info_nce", losses.info_nce(x, 0.1)),
-        ("focal_info_nce", losses.focal_info_nce(x, 0.1, 0.4)),
-        ("hardness_info_nce", losses.hardness_info_nce(x, 0.1)),
-    ):
-        (gradient,) = torch.autograd.grad(20 * loss, x)
-        by_hand = gradient[anchor][torch.tensor(table["negative"])]
-        np.testing.assert_allclose(table[key], by_hand, rtol=1e-4, atol=1e-7)
+    assert list(table)[2:] == [name(x) for x in objectives]
+    for objective in objectives:
+        by_hand = pulls_by_hand(sim, objective)[anchor][table["negative"]]
+        np.testing.assert_allclose(table[name(objective)], by_hand, rtol=1e-4, atol=1e-7)
+    assert list(analysis.anchor_negatives(sim, anchor))[2:] == [
+        "InfoNCE",
+        "Focal-InfoNCE",
+        "Hardness-InfoNCE",
+    ]
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 0.9])
@@ -156,9 +221,9 @@ def test_aligned_maps_are_deterministic_and_closer_than_maps_of_their_own(models
     maps = analysis.aligned_maps(models)
     again = analysis.aligned_maps(models)
     assert list(maps) == list(models)
-    for name in models:
-        assert maps[name].shape == (150, 2)
-        np.testing.assert_array_equal(maps[name], again[name])
+    for each in models:
+        assert maps[each].shape == (150, 2)
+        np.testing.assert_array_equal(maps[each], again[each])
     alone = {name: analysis.umap_map(x) for name, x in models.items()}
 
     def moved(maps):
