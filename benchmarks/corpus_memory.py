@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fcse.corpora import TokenizedCorpus, row_batches
 from fcse.data import load_corpus
 from fcse.encoder import SentenceEncoder
+from fcse.training.corpora import TokenizedCorpus, row_batches
 
 SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 BATCH, BATCHES, LENGTH = 64, 200, 32

@@ -2,8 +2,9 @@
 
 Both start from the packaged encoder and the same head, and see batches of 64 sentences of the
 packaged corpus, each paired with itself, under the same loss (InfoNCE, temperature 0.05),
-optimiser, schedule, length and precision. The weights are scored by the same code on Lee and, where
-FCSE_SENTEVAL names the data, on STS-B's dev split. Two runs go on at a time, a thread each.
+optimiser, schedule, length and precision (float32). The weights are scored by the same code on Lee
+and, where FCSE_SENTEVAL names the data, on STS-B's dev split. Two runs go on at a time, a thread
+each.
 
     python benchmarks/equal_learning.py [SEEDS]
 """
@@ -13,6 +14,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 
 import pandas as pd
@@ -25,12 +27,12 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 from torch import nn
 from tqdm import tqdm
 
-from fcse.config import TrainConfig
 from fcse.data import MINILM, load_corpus
 from fcse.encoder import SentenceEncoder
-from fcse.training import judged_pairs, score, train
+from fcse.evaluation import judged_pairs, score
+from fcse.training import TrainConfig, train
 
-CONFIG = TrainConfig(objective="info_nce", mask_duplicates=False)
+CONFIG = TrainConfig(objective="info_nce", mask_duplicates=False, precision="float32")
 PEER = "sentence-transformers"
 
 
@@ -56,7 +58,7 @@ def peer(seed: int, folder: str) -> SentenceEncoder:
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_dict({"anchor": sentences, "positive": sentences}),
-        loss=MultipleNegativesRankingLoss(model, scale=1 / CONFIG.temperature),
+        loss=MultipleNegativesRankingLoss(model, scale=1 / CONFIG.objective.temperature),
     ).train()
     encoder.backbone.load_state_dict(transformer.model.state_dict())
     return encoder.eval()
@@ -67,7 +69,7 @@ def run(who: str, seed: int) -> dict[str, float | str]:
         if who == PEER:
             encoder = peer(seed, folder)
         else:
-            encoder = train(TrainConfig(**vars(CONFIG) | {"seed": seed, "output": folder})).encoder
+            encoder = train(replace(CONFIG, seed=seed, output=folder)).encoder
         metric = "stsb_dev" if os.environ.get("FCSE_SENTEVAL") else "last"
         return {"who": who} | score(encoder, judged_pairs(metric))
 

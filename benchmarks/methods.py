@@ -1,10 +1,10 @@
-"""Seconds of a training step with each neighbour, against a loop that knows nothing of them.
+"""Seconds of a training step with each method, against a loop that knows nothing of them.
 
 The peer is the bare step: encoder, loss, gradients and optimiser, written out. Plain InfoNCE and
-Focal-InfoNCE through `fcse.training.train`, past all that a neighbour could ask for, should cost
+Focal-InfoNCE through `fcse.training.train`, past all that a method could ask for, should cost
 what it costs. Rounds alternate; preparations (CARDS' search, IFND's clusters) are not in a step.
 
-    python benchmarks/neighbours.py
+    python benchmarks/methods.py
 """
 
 import itertools
@@ -19,15 +19,16 @@ from pathlib import Path
 
 import torch
 
-from fcse import losses, speed
+from fcse import losses, methods
+from fcse.config import configured
 from fcse.data import load_corpus
-from fcse.encoder import SentenceEncoder
-from fcse.neighbours.options import SETTINGS
+from fcse.encoder import SentenceEncoder, speed
 from fcse.recipes import recipe
 from fcse.training import train
 
 ROUNDS, STEPS, SENTENCES = 2, 5, 800
-TOGETHER = {"objective": "focal_info_nce", "layers": 1, "neighbours": 8, "acceptance": 0.5}
+TOGETHER = "focal_info_nce+sscl+cards+ifnd"
+CLUSTERS = {"ifnd.clusters": 50, "ifnd.cluster_steps": 100}
 CONFIG = replace(recipe("minilm-short"), batch_size=64, steps=STEPS + 1, eval_steps=100)
 
 
@@ -55,13 +56,15 @@ def bare(sentences: list[str]) -> Callable[[], float]:
     return seconds
 
 
-def trained(corpus: Path, settings: dict[str, object]) -> Callable[[], float]:
+def trained(corpus: Path, objective: str) -> Callable[[], float]:
+    settings = {"objective": objective} | (CLUSTERS if "ifnd" in objective else {})
+
     def seconds() -> float:
         ends: list[float] = []
         with tempfile.TemporaryDirectory() as folder, redirect_stderr(Path(devnull).open("w")):
-            config = replace(CONFIG, corpus=str(corpus), clusters=50, output=folder + "/run")
+            config = replace(CONFIG, corpus=str(corpus), output=folder + "/run")
             train(
-                replace(config, cluster_steps=100, **settings),
+                configured(config, settings),
                 lambda step, encoder: ends.append(time.perf_counter()),
             )
         return between(ends)
@@ -76,9 +79,8 @@ def main() -> None:
         corpus = Path(folder) / "corpus.txt"
         corpus.write_text("\n".join(sentences), encoding="utf-8")
         timed = {"the bare step": bare(sentences)}
-        for name in ("info_nce", "focal_info_nce", *SETTINGS):
-            timed[name] = trained(corpus, {"objective": name})
-        timed["focal_info_nce with sscl, cards and ifnd"] = trained(corpus, TOGETHER)
+        for name in ("info_nce", "focal_info_nce", *methods.names(), TOGETHER):
+            timed[name] = trained(corpus, name)
         rounds = [{name: step() for name, step in timed.items()} for _ in range(ROUNDS)]
     print(
         f"batch {CONFIG.batch_size}, length {CONFIG.max_length}, {ROUNDS} rounds of {STEPS} steps"

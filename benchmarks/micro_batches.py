@@ -12,9 +12,10 @@ import time
 
 import torch
 
-from fcse import losses, micro_batches, speed
+from fcse import losses
 from fcse.data import load_corpus
-from fcse.encoder import SentenceEncoder
+from fcse.encoder import SentenceEncoder, speed
+from fcse.training import micro_batches
 
 BATCHES, MICRO, LENGTH = (256, 1024), 64, 32
 

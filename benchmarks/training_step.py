@@ -3,7 +3,7 @@
 The peer is `SentenceTransformerTrainer` with `MultipleNegativesRankingLoss` on each sentence paired
 with itself: the same encoder, readout, batch, length, optimiser and precision. Our step is timed
 plain (tokenizer padding, one pass of the library's model with both views) and with the levers of
-`fcse.speed` joining one by one; the last is what `fcse.training` does. Rounds alternate.
+`fcse.encoder.speed` joining one by one; the last is what `fcse.training` does. Rounds alternate.
 
     python benchmarks/training_step.py [float32|bf16]
 """
@@ -24,9 +24,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from fcse import losses, speed
+from fcse import losses
 from fcse.data import MINILM, load_corpus
-from fcse.encoder import SentenceEncoder
+from fcse.encoder import SentenceEncoder, speed
 
 ROUNDS, STEPS, BATCH, LENGTH, RATE = 5, 2, 64, 32, 3e-5
 
@@ -77,6 +77,8 @@ def peer(sentences: list[str], precision: str, folder: str) -> Callable[[], floa
         max_steps=STEPS + 1,
         learning_rate=RATE,
         bf16=precision == "bf16",
+        # Without this the trainer takes bf16 for a GPU's, and stops where there is none.
+        use_cpu=not torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
