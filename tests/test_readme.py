@@ -1,7 +1,9 @@
-"""The numbers in README and notebooks follow from the tables they are of; files named exist."""
+"""The numbers in README and notebooks follow from the tables they are of; what it shows works."""
 
+import functools
 import io
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,18 +12,20 @@ import pandas as pd
 import pytest
 from scipy.stats import t
 
-from fcse import findings, published
+import fcse.training
+from fcse import methods
+from fcse.cli import _parse
 from fcse.config import TrainConfig
-from fcse.neighbours.options import SETTINGS
-from fcse.plots import NAMES, named
+from fcse.objectives import InfoNCE
 from fcse.statistics import seeds_needed
+from fcse.study import findings, published
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def committed(path):
-    """A file as committed: `make study` writes this machine's numbers over it."""
+    """A file as committed: `fcse findings --runs` writes this machine's numbers over it."""
     show = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True)
     if show.returncode:
         pytest.skip("not a git checkout: the committed figures are not known")
@@ -39,10 +43,10 @@ def test_table_of_scores():
     for row in rows:
         encoder, *scores = cells(row)
         written[encoder] = dict(zip(tasks, map(float, scores), strict=True))
-    scores = pd.read_csv(committed("figures/scores.csv"))
-    assert {NAMES[key] for key in scores["encoder"]} == set(written)
+    scores = pd.read_csv(committed("figures/study/scores.csv"))
+    assert set(scores["encoder"]) == set(written)
     for _, row in scores.iterrows():
-        assert written[NAMES[row["encoder"]]][row["task"]] == pytest.approx(row["score"], abs=0.051)
+        assert written[row["encoder"]][row["task"]] == pytest.approx(row["score"], abs=0.051)
 
 
 def test_files_named_exist():
@@ -86,14 +90,14 @@ def rows():
 
 @pytest.fixture(scope="module")
 def contrasts(rows):
-    return findings.contrasts(rows, findings.PAIRS)
+    return findings.contrasts(rows)
 
 
 def test_table_of_contrasts(contrasts):
     # A column a score and corpus, in the order of the table.
     columns = [
         rows.assign(
-            names=[f"{named(x.contestant)} − {named(x.baseline)}" for x in rows.itertuples()],
+            names=rows["name"] + " − " + rows["baseline"],
             written=findings.written(rows),
         ).set_index("names")["written"]
         for _, rows in contrasts.groupby(["score", "corpus"], sort=False)
@@ -105,86 +109,96 @@ def test_table_of_contrasts(contrasts):
 
 
 @pytest.fixture(scope="module")
-def neighbour_rows():
-    return findings.read_study(findings.STUDY / "neighbours.csv")
+def method_rows():
+    return findings.read_study(findings.STUDY / "methods.csv")
 
 
 @pytest.fixture(scope="module")
-def neighbours(neighbour_rows):
-    return findings.contrasts(neighbour_rows, findings.NEIGHBOUR_PAIRS, ("STSBenchmark", "Lee"))
+def method_gains(method_rows):
+    return findings.contrasts(method_rows, ("STSBenchmark", "Lee"))
 
 
-def test_table_of_neighbours(neighbours):
-    found = findings.alone_and_beside(neighbours).loc[list(SETTINGS)]
-    columns = [(score, way) for score in ("STSBenchmark", "Lee") for way in ("alone", "beside")]
+def test_table_of_methods(method_gains):
+    found = findings.without_and_with(method_gains).drop(index="Focal-InfoNCE")
+    losses = ("InfoNCE", "Focal-InfoNCE")
+    columns = [(score, loss) for score in ("STSBenchmark", "Lee") for loss in losses]
     assert table(section("### Which of them help")) == {
-        NAMES[name]: row.tolist() for name, row in found[columns].iterrows()
+        name: row.tolist() for name, row in found[columns].iterrows()
     }
 
 
-@pytest.mark.parametrize("name", ["comparison", "second_corpus", "neighbours"])
-def test_each_has_the_learning_rate_chosen_for_it(name):
+TUNED = "InfoNCE (temperature=0.025)"
+
+
+@pytest.mark.parametrize("table", ["comparison", "second_corpus", "methods"])
+def test_each_has_the_learning_rate_chosen_for_it(table):
     study = findings.STUDY
     searched = findings.read_study(*(study / f"{rates}.csv" for rates in findings.RATES))
-    chosen = findings.chosen(searched, ["learning_rate"]).set_index("variant")["learning_rate"]
-    used = findings.read_study(study / f"{name}.csv")
+    chosen = findings.chosen(searched, ["learning_rate"]).set_index("name")["learning_rate"]
+    used = findings.read_study(study / f"{table}.csv")
     assert not set(used["seed"]) & set(searched["seed"])
-    for variant, rates in used.groupby("variant")["learning_rate"]:
-        assert variant in chosen or "ifnd" in variant
-        baseline = "focal_info_nce" if "focal_info_nce" in variant else "info_nce"
-        assert set(rates) == {chosen.get(variant, chosen[baseline])}
+    for name, rates in used.groupby("name")["learning_rate"]:
+        assert name in chosen or "IFND" in name or name == TUNED
+        baseline = "InfoNCE" if name == TUNED else findings.alone(name)
+        assert set(rates) == {chosen[name if name in chosen else baseline]}
 
 
-def test_what_is_said_of_neighbours(neighbour_rows, neighbours):
-    (steps,), (size,) = (neighbour_rows[column].unique() for column in ("steps", "batch_size"))
-    (seeds,) = neighbours["seeds"].unique()
+def test_what_is_said_of_methods(method_rows, method_gains):
+    (steps,), (size,) = (method_rows[column].unique() for column in ("steps", "batch_size"))
+    (seeds,) = method_gains["seeds"].unique()
     expected = [
         f"trained for {steps} steps of {size} sentences",
         f"with {seeds} seeds each",
-        f"correction for {len(neighbours) // 2} comparisons",
+        f"correction for {len(method_gains) // 2} comparisons",
     ]
     says_no_other_number("### Which of them help", expected)
 
-    told = neighbours[neighbours["p_holm"] < 0.05].set_index("score")
-    gained = told[told["difference"] > 0]["contestant"]
-    assert list(gained["STSBenchmark":"STSBenchmark"]) == ["focal_info_nce"]
-    assert list(gained["Lee":"Lee"]) == ["focal_info_nce+core_tuning"]
-    lost = neighbours.set_index(["score", "contestant"])["difference"]
-    assert lost["STSBenchmark"].idxmin() == "core_tuning"
-    lowest = {"cards", "focal_info_nce+cards", "focal_info_nce+sscl+cards+ifnd"}
-    assert set(lost["Lee"].nsmallest(3).index) == lowest
-    alone, beside = lost["STSBenchmark"][["cards", "focal_info_nce+cards"]]
-    assert lost["STSBenchmark"][list(SETTINGS)].idxmax() == "cards"
-    assert beside < 0 < alone
-    alone, beside = lost["STSBenchmark"][["core_tuning", "focal_info_nce+core_tuning"]]
-    assert alone < beside < 0
-    found = findings.interactions(neighbour_rows, ["STSBenchmark"]).set_index("neighbour")
-    assert set(found.index[found["p_holm"] < 0.05]) == {"cards", "core_tuning"}
-    times = neighbour_rows.groupby("contestant")["wall_time_s"].mean()
-    assert 8 < times["ifnd"] / times["info_nce"] < 12  # "ten times as slow"
+    told = method_gains[method_gains["p_holm"] < 0.05].set_index("score")
+    gained = told[told["difference"] > 0]["name"]
+    assert list(gained["STSBenchmark":"STSBenchmark"]) == ["Focal-InfoNCE"]
+    assert list(gained["Lee":"Lee"]) == ["Focal-InfoNCE + Core-tuning"]
+    found = method_gains.set_index(["score", "name"])["difference"]
+    assert found["STSBenchmark"].idxmin() == "InfoNCE + Core-tuning"
+    cards = {name for name in found["Lee"].index if "CARDS" in name}
+    assert set(found["Lee"].nsmallest(len(cards)).index) == cards  # "CARDS loses most"
+    with_info_nce = [name for name in found["STSBenchmark"].index if name.startswith("InfoNCE + ")]
+    assert len(with_info_nce) == len(methods.names())
+    assert found["STSBenchmark"][with_info_nce].idxmax() == "InfoNCE + CARDS"
+    without, beside = found["STSBenchmark"][["InfoNCE + CARDS", "Focal-InfoNCE + CARDS"]]
+    assert beside < 0 < without
+    both = ["InfoNCE + Core-tuning", "Focal-InfoNCE + Core-tuning"]
+    without, beside = found["STSBenchmark"][both]
+    assert without < beside < 0
+    found = findings.interactions(method_rows, ["STSBenchmark"]).set_index("method")
+    assert set(found.index[found["p_holm"] < 0.05]) == {"CARDS", "Core-tuning"}
+    times = method_rows.groupby("name")["wall_time_s"].mean()
+    ifnd = times["InfoNCE + IFND (cluster_steps=9)"]
+    assert 8 < ifnd / times["InfoNCE"] < 12  # "ten times as slow"
 
 
 def test_what_is_said_of_the_study(rows, contrasts):
     (steps,), (size,) = rows["steps"].unique(), rows["batch_size"].unique()
-    by_name = rows.groupby("contestant")
+    by_name = rows.groupby("name")
     rates = by_name["learning_rate"].first()
     assert by_name["learning_rate"].nunique().eq(1).all()
-    assert (rates.drop("positive") == rates["positive"] / 2).all()
-    (tuned,) = rows.loc[rows["contestant"] == "info_nce tuned", "temperature"].unique()
+    positive = "Focal-InfoNCE (modulate=positive)"
+    assert (rates.drop(positive) == rates[positive] / 2).all()
+    (temperature,) = rows.loc[rows["name"] == TUNED, "temperature"].unique()
     assert 40 < rows["wall_time_s"].mean() < 80  # "about a minute"
-    by_pair = contrasts.set_index(["score", "baseline", "contestant"]).sort_index()
+    by_pair = contrasts.set_index(["score", "baseline", "name"]).sort_index()
     for corpus in rows["corpus"].unique():
         found = by_pair[by_pair["corpus"] == corpus]["difference"]
-        lead = found["avg", "info_nce", "focal_info_nce"]
-        assert found["avg", "info_nce", "info_nce tuned"] > lead / 2  # "over half"
-        assert found["avg", "info_nce"].idxmax() == "positive"  # "the highest mean"
+        lead = found["avg", "InfoNCE", "Focal-InfoNCE"]
+        assert found["avg", "InfoNCE", TUNED] > lead / 2  # "over half"
+        assert found["avg", "InfoNCE"].idxmax() == positive  # "the highest mean"
     (family,) = contrasts.groupby(["score", "corpus"]).size().unique()
     bert = published.gains().set_index("backbone").loc["bert-base-uncased"]
     expected = [
         f"trained for {steps} steps of {size} sentences",
         f"with {rows['seed'].nunique()} seeds each",
         f"p < 0.05 after Holm's correction for {family} comparisons",
-        f"τ = {tuned:g} in place of 0.05",
+        f"temperature={temperature:g}` is the best temperature found for InfoNCE, in place of "
+        f"{InfoNCE.temperature:g}, the paper's",
         "100 × Spearman, paired over seeds, with 95 % intervals",
         f"The published gain on BERT-base, {bert['gain']:.2f} points over published SimCSE, spans "
         f"{bert['gain_z']:.1f} standard deviations of 50 seeds of SimCSE",
@@ -214,7 +228,7 @@ def test_numbers_that_the_notebook_on_seeds_quotes():
     expected = {
         f"{bert['focal_infonce']:.2f}",
         f"{bert['simcse']:.2f}",
-        f"{TrainConfig.temperature:g}",
+        f"{InfoNCE.temperature:g}",
         f"{point}",
         *(f"{x:.2f}" for x in reach.values()),
         *(f"{reach[n] / n**0.5:.2f}" for n in (3, 5)),
@@ -224,3 +238,41 @@ def test_numbers_that_the_notebook_on_seeds_quotes():
     cells = nbformat.read(ROOT / "notebooks/06_is_it_real.ipynb", 4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert set(re.findall(r"\d+\.\d+", text)) == expected
+
+
+def python(text):
+    """The one Python block of a text."""
+    (found,) = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    return found
+
+
+def test_every_command_is_one():
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+    shell = "".join(block for language, block in blocks if not language)
+    lines = [line for line in shell.splitlines() if line.startswith("fcse ")]
+    assert len(lines) > 15
+    for line in lines:
+        _, *arguments = shlex.split(line, comments=True)
+        assert callable(_parse(arguments))
+
+
+@pytest.fixture
+def tiny_runs(tiny_model, small_corpus, tmp_path, monkeypatch):
+    """What an example trains is tiny, and lies in a folder of its own."""
+    monkeypatch.setenv("FCSE_RUNS", str(tmp_path))
+    tiny = {"encoder": str(tiny_model("bert")), "corpus": str(small_corpus)}
+    tiny |= {"batch_size": 8, "steps": 2, "eval_steps": 2, "max_length": 16}
+    monkeypatch.setattr(fcse.training, "TrainConfig", functools.partial(TrainConfig, **tiny))
+
+
+def test_a_loss_of_your_own_trains_as_written(tiny_runs):
+    found = {"__name__": "__main__"}
+    exec(python(section("## A loss of your own")), found)
+    assert found["run"].config.name == "CubedNegatives (temperature=0.1)"
+    assert len(found["run"].losses) == 2
+
+
+def test_the_method_in_contributing_trains_as_written(tiny_runs, tmp_path):
+    exec(python((ROOT / "CONTRIBUTING.md").read_text()), {"__name__": "__main__"})
+    (run,) = [fcse.training.read_run(path) for path in tmp_path.iterdir() if path.is_dir()]
+    assert run.config.name == "Focal-InfoNCE + Cooling"
