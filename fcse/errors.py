@@ -21,11 +21,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def writing(what: object, way_out: str = "make room, or name another place") -> Iterator[None]:
-    """Turn what a full disk or a read-only folder raises within into one line.
-
-    Raises:
-        InputError: `what` cannot be written, why, and the way out.
-    """
+    """Turn what a full disk or a read-only folder raises into an `InputError` of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -97,10 +97,9 @@ def judge_tasks(encoder: SentenceEncoder, tasks: Sequence[SentencePairs]) -> lis
 
 
 def alignment(u: Tensor | np.ndarray, v: Tensor | np.ndarray) -> float:
-    """Mean squared distance of positive pairs, (n, D) float each, on the unit sphere: 0 to 4.
+    """E ||u - v||^2 of positive pairs, (n, D) float each, on the unit sphere: 0 to 4.
 
-    Lower is better. Wang & Isola 2020, E ||u - v||^2 (alpha = 2). What makes published values
-    differ:
+    Lower is better. Wang & Isola 2020 with alpha = 2. What makes published values differ:
 
     - Inputs are scaled to unit length here, so ||u - v||^2 = 2 - 2 cos(u, v); the distance itself
       (alpha = 1) gives another number.

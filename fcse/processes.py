@@ -79,8 +79,6 @@ def encode(encoder: SentenceEncoder, sentences: Sequence[str]) -> np.ndarray:
     """
     state = world()
     mine = encoder.encode(sentences[state.process_index :: state.num_processes], normalize=True)
-    if state.num_processes == 1:
-        return mine
     embeddings = np.empty((len(sentences), mine.shape[1]), dtype=np.float32)
     for index, part in enumerate(gather_object([mine])):
         embeddings[index :: state.num_processes] = part

@@ -1,6 +1,5 @@
 """Is a difference real: over the pairs of one task, and over the seeds of two objectives."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,10 +78,12 @@ def compare_tasks(
     said = zip(pair_similarities(a, tasks), pair_similarities(b, tasks), tasks, strict=True)
     drawn, differences, results = [], [], []
     for i, (x, y, pairs) in enumerate(said):
-        drawn.append(_bootstrap(x, y, pairs.gold, resamples, seed + i))
+        rng, n = np.random.default_rng(seed + i), len(pairs)
+        draws = (rng.integers(n, size=n) for _ in range(resamples))
+        drawn.append(np.array([_difference(x[r], y[r], pairs.gold[r]) for r in draws]))
         differences.append(_difference(x, y, pairs.gold))
-        results.append(_comparison(differences[i], drawn[i], len(pairs), confidence))
-    n = sum(len(pairs) for pairs in tasks)
+        results.append(_comparison(differences[i], drawn[i], n, confidence))
+    n = sum(map(len, tasks))
     mean = float(np.mean(differences))
     return [*results, _comparison(mean, np.mean(drawn, axis=0), n, confidence)]
 
@@ -107,14 +108,6 @@ def _standardised_ranks(x: np.ndarray) -> np.ndarray:
     return ranks / np.linalg.norm(ranks)
 
 
-def _bootstrap(
-    a: np.ndarray, b: np.ndarray, gold: np.ndarray, resamples: int, seed: int
-) -> np.ndarray:
-    rng, n = np.random.default_rng(seed), len(gold)
-    draws = (rng.integers(n, size=n) for _ in range(resamples))
-    return np.array([_difference(a[rows], b[rows], gold[rows]) for rows in draws])
-
-
 def _comparison(difference: float, drawn: np.ndarray, n: int, confidence: float) -> Comparison:
     drawn = drawn[np.isfinite(drawn)]  # of few pairs, a draw may hold one value only
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -125,11 +118,7 @@ def _comparison(difference: float, drawn: np.ndarray, n: int, confidence: float)
 
 
 def summarise_seeds(scores: Sequence[float], confidence: float = 0.95) -> SeedSummary:
-    """Mean, sample standard deviation and Student's t interval of the mean over seeds.
-
-    Raises:
-        InputError: fewer than two scores.
-    """
+    """Mean, sample standard deviation and Student's t interval of the mean over 2 or more seeds."""
     x = np.asarray(scores, dtype=float)
     if len(x) < 2:
         raise InputError(f"{len(x)} seed says nothing about the spread: run at least 2")
@@ -140,10 +129,8 @@ def summarise_seeds(scores: Sequence[float], confidence: float = 0.95) -> SeedSu
 def compare_seeds(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Comparison:
     """Paired t test over seeds: a[i] and b[i] are two objectives' scores with the same seed.
 
-    Equal seeds share head, batches and dropout, so their common luck cancels.
-
-    Raises:
-        InputError: different lengths, or fewer than two seeds.
+    Equal seeds share head, batches and dropout, so their common luck cancels. Different lengths, or
+    fewer than two seeds, are an `InputError`.
     """
     if len(a) != len(b) or len(a) < 2:
         raise InputError(f"a paired test needs 2 or more common seeds, got {len(a)} and {len(b)}")
@@ -170,14 +157,12 @@ def seeds_needed(difference: float, sd: float, power: float = 0.8, confidence: f
     """Seeds for which a paired t test would see a true difference with probability `power`.
 
     Exact, by the noncentral t distribution (Cohen 1988, chapter 2); `sd` is the standard deviation
-    over seeds of the paired difference, in the same points.
-
-    Raises:
-        InputError: a difference of 0, an sd that is not above 0, or more than 10,000 seeds.
+    over seeds of the paired difference, in the same points. An `InputError` where
+    that is not above 0, the difference is 0, or 10,000 seeds are too few.
     """
     effect = abs(difference) / sd if sd > 0 else 0
     for n in range(2, 10_001) if effect else ():
         limit = scipy.stats.t.isf((1 - confidence) / 2, n - 1)
-        if scipy.stats.nct.sf(limit, n - 1, effect * math.sqrt(n)) >= power:
+        if scipy.stats.nct.sf(limit, n - 1, effect * n**0.5) >= power:
             return n
     raise InputError(f"no 10,000 seeds show a difference of {difference} with an sd of {sd}")

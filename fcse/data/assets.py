@@ -25,10 +25,9 @@ class PackagedFile:
     what: str = ""
 
     def locate(self) -> Path:
-        """The checked path. The package is found, not imported: none of its code runs.
+        """The path, or an `InputError` where there is no package, no file, or an altered one.
 
-        Raises:
-            InputError: the package is not installed, or the file is missing or altered.
+        The package is found, not imported: none of its code runs.
         """
         name = self.package.replace("_", "-")
         spec = importlib.util.find_spec(self.package)
@@ -97,7 +96,7 @@ def runs_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what is made from a download or a corpus is kept: XDG_CACHE_HOME, else ~/.cache."""
+    """Where what a download or a corpus became is kept: fcse/ in XDG_CACHE_HOME, else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcse"
 
 
@@ -114,9 +113,8 @@ def download(filename: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        path = hf_hub_download(
-            HUB_DATASET, filename, repo_type="dataset", local_files_only=not hub_reachable()
-        )
+        local = not hub_reachable()
+        path = hf_hub_download(HUB_DATASET, filename, repo_type="dataset", local_files_only=local)
     except Exception as error:  # network, offline mode, gated, missing: one message for all
         raise InputError(
             f"{filename} of {HUB_DATASET} is neither in the local cache nor to be had from the hub "

@@ -32,10 +32,10 @@ _SICK_FILES = {"train": "train", "dev": "trial", "test": "test_annotated"}
 
 @dataclass(frozen=True)
 class SentencePairs:
-    """Sentence pairs with human similarity judgements.
+    """n sentence pairs with human similarity judgements.
 
-    left, right: n sentences each; gold: (n,) float64, higher is more similar; maximum: the top of
-    the gold scale; subsets: the part of the task each pair comes from, n names.
+    gold: (n,) float64, higher is more similar; maximum: the top of that scale; subsets: the part of
+    the task each pair comes from.
     """
 
     name: str
@@ -50,13 +50,10 @@ class SentencePairs:
 
 
 def load_lee() -> SentencePairs:
-    """Lee's 50 short news documents: all 1,225 pairs with their human similarity.
+    """Lee's 50 short news documents: all 1,225 pairs with their human similarity, from gensim.
 
     Judgements are means over readers on a 5-point scale, divided by 5 (Lee, Pincombe & Welsh
     2005).
-
-    Raises:
-        InputError: gensim, which carries both files, is missing or has them altered.
     """
     documents = assets.LEE_DOCUMENTS.locate().read_text(encoding="latin-1").splitlines()
     first, second = np.triu_indices(len(documents), k=1)
@@ -68,10 +65,8 @@ def load_lee() -> SentencePairs:
 def senteval_folder(folder: str | Path | None = None) -> Path | None:
     """The folder that holds STS/ and SICK/: from the argument, else `FCSE_SENTEVAL`, else None.
 
-    Either the folder itself or a parent with it under `downstream/` is taken.
-
-    Raises:
-        InputError: the folder named is not there, or has neither layout.
+    Either the folder itself or a parent with it under `downstream/` is taken; anything else is an
+    `InputError`.
     """
     named = folder or os.environ.get("FCSE_SENTEVAL")
     if not named:
@@ -87,7 +82,7 @@ def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -
 
     Args:
         task: one of `STS_TASKS`.
-        split: "test"; STSBenchmark and SICKRelatedness also have "train" and "dev".
+        split: STSBenchmark and SICKRelatedness also have "train" and "dev".
         folder: a SentEval data folder; else `FCSE_SENTEVAL`; else `senteval.tar` from the hub.
 
     Raises:
@@ -103,11 +98,10 @@ def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -
     if task in STS_SUBSETS:
         rows = list(_read_yearly(root / "STS" / f"{task}-en-test", STS_SUBSETS[task]))
     elif task == "STSBenchmark":
-        path = root / f"STS/STSBenchmark/sts-{split}.csv"
-        rows = list(_read_table(path, task, columns=(5, 6, 4), skip=0))
+        rows = list(_read_table(root / f"STS/{task}/sts-{split}.csv", task, (5, 6, 4), skip=0))
     else:
-        path = root / f"SICK/SICK_{_SICK_FILES[split]}.txt"
-        rows = list(_read_table(path, task, columns=(1, 2, 3), skip=1))
+        file = f"SICK/SICK_{_SICK_FILES[split]}.txt"
+        rows = list(_read_table(root / file, task, (1, 2, 3), skip=1))
     if not rows:
         raise InputError(f"{root} has no scored pair of {task}")
     left, right, gold, subsets = map(list, zip(*rows, strict=True))
@@ -115,12 +109,11 @@ def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -
 
 
 def _senteval_from_hub() -> Path:
+    way_out = "name a SentEval folder with --senteval or FCSE_SENTEVAL"
     try:
         archive = download("senteval.tar")
     except InputError as error:
-        raise InputError(
-            f"no STS data: name a SentEval folder with --senteval or FCSE_SENTEVAL ({error})"
-        ) from None
+        raise InputError(f"no STS data: {way_out} ({error})") from None
     cache = cache_folder()
     target = cache / f"senteval-{sha256(archive)[:12]}"
     if not target.is_dir():
@@ -130,10 +123,8 @@ def _senteval_from_hub() -> Path:
                 tar.extractall(Path(partial) / "data", filter="data")
                 (Path(partial) / "data").rename(target)
         except (tarfile.TarError, EOFError) as error:
-            raise InputError(
-                f"{archive} cannot be unpacked ({first_line(error)}): name a SentEval folder with "
-                "--senteval or FCSE_SENTEVAL"
-            ) from None
+            said = f"{archive} cannot be unpacked ({first_line(error)})"
+            raise InputError(f"{said}: {way_out}") from None
         except OSError as error:
             if not target.is_dir():  # else another process was faster
                 raise InputError(f"{cache} cannot be written: {error.strerror}") from None

@@ -38,13 +38,10 @@ _LEFTOVER = re.compile(r"[|{}]|\s[,;.](?!\.)|[,;][,;.]|\b(?:and|or|of|as)\)|\((?
 
 @lru_cache(maxsize=1)
 def load_wiki_articles() -> dict[str, list[str]]:
-    """The packaged slice of English Wikipedia: article title -> its sentences.
+    """The slice of English Wikipedia that gensim carries: article title -> its sentences.
 
     106 articles, 18,836 distinct sentences of 4 to 60 words, in the order of the dump; a sentence
     that occurs in two articles belongs to the first.
-
-    Raises:
-        InputError: gensim, which carries the dump, is missing or its file is altered.
     """
     from gensim.corpora import wikicorpus
 
@@ -71,17 +68,10 @@ def load_wiki_articles() -> dict[str, list[str]]:
 def article_batch(
     articles: Mapping[str, Sequence[str]], size: int = 64, each: int = 4
 ) -> tuple[list[str], list[str]]:
-    """A batch in which articles repeat: the first sentences of articles from all over a corpus.
+    """A batch in which articles repeat, and the title of each sentence's article.
 
-    Args:
-        articles: title -> its sentences, as of `load_wiki_articles`.
-        size: sentences in all, a multiple of `each`, the sentences of one article.
-
-    Returns:
-        The sentences, and the title of each one's article.
-
-    Raises:
-        InputError: too few articles have that many sentences.
+    The first `each` sentences of articles from all over a corpus, `size` in all, a multiple of
+    `each`; an `InputError` where too few articles have that many.
     """
     titles = [title for title, sentences in articles.items() if len(sentences) >= each]
     wanted = size // each
@@ -98,11 +88,7 @@ def spread(sentences: Sequence[str], size: int) -> list[str]:
 
 
 def load_corpus(name_or_path: str | Path, limit: int | None = None) -> list[str]:
-    """What `corpus_reader` reads as a list, no further than the first `limit` sentences.
-
-    Raises:
-        InputError: as there, or a limit below 1.
-    """
+    """What `corpus_reader` reads as a list, no further than the first `limit` sentences, >= 1."""
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
     return list(islice(corpus_reader(name_or_path)(), limit))
@@ -117,12 +103,11 @@ def corpus_reader(name_or_path: str | Path) -> Callable[[], Iterator[str]]:
     Args:
         name_or_path: "wiki-mini" (the packaged Wikipedia slice), "wiki1m" (the paper's million
             sentences, from the hub), the path of a UTF-8 text file with one sentence a line, or
-            "DATASET:COLUMN" for a text column of a Hugging Face dataset: a hub name (its train
-            split) or a folder written by `save_to_disk`.
+            "DATASET:COLUMN" for text of a Hugging Face dataset: a hub name (its train split) or a
+            folder written by `save_to_disk`.
 
     Raises:
-        InputError: no such corpus, or the hub is out of reach. Raised while reading: not UTF-8,
-            not text, or no sentence at all.
+        InputError: no such corpus; while reading: not UTF-8, not text, or no sentence at all.
     """
     name = str(name_or_path)
     if name == "wiki-mini":

@@ -35,8 +35,7 @@ def import_checkpoint(
         pooling: of the training; only "cls" has a head.
 
     Raises:
-        InputError: no weights, a pickle with more than tensors, or names and shapes that do not
-            fit the encoder; the first one is named.
+        InputError: no weights, a pickle with more than tensors, or what does not fit the encoder.
     """
     path = Path(checkpoint)
     if is_folder(path):

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -23,7 +22,6 @@ from fcse.errors import InputError
 
 MASK_SHARE = 0.3
 """Share of a sentence's tokens that is masked, as the authors set it."""
-
 
 TokenGenerator = Callable[[Tensor, Tensor], Tensor]
 """Fills in masked tokens: ids, (n, L) int64, padded and with the mask's id at k positions, and
@@ -85,11 +83,7 @@ class Unigrams:
     """
 
     def __init__(self, token_ids: Iterable[Sequence[int]], special_ids: Collection[int]) -> None:
-        """Count the tokens of a corpus; `special_ids` are never drawn.
-
-        Raises:
-            InputError: there is no token but special ones.
-        """
+        """Count a corpus' tokens but `special_ids`; an `InputError` where there is none."""
         counts = Counter(chain.from_iterable(token_ids))
         tokens = sorted(counts.keys() - set(special_ids))
         if not tokens:
@@ -113,15 +107,12 @@ def mask(
 
     Args:
         token_ids: (n, L) int64, padded.
-        share: in (0, 1].
-        special_ids: what is never masked; among them the padding's id.
+        share: in (0, 1], else a `ValueError`.
+        special_ids: never masked; the padding's id is among them.
         mask_id: stands in for a masked token.
 
     Returns:
         The masked ids, (n, L) int64, and which of them are masked, (n, L) bool.
-
-    Raises:
-        ValueError: `share` is out of range.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie above 0 and at most at 1, got {share}")
@@ -188,16 +179,13 @@ class Detection(nn.Module):
         replaced by itself counts as original, as in ELECTRA (Clark et al. 2020, section 2).
 
         Args:
-            sentence_embedding: (n, D) float; gradients flow into it.
+            sentence_embedding: (n, D) float, else a `ValueError`; gradients flow into it.
             token_ids: the n sentences it was made of, from `SentenceEncoder.tokenize`.
 
         Returns:
             The loss, () float32 (float64 in a float64 module); the logits, (T,) of the same dtype,
             sentence after sentence, above 0 where replaced is the likelier, a part of the graph;
             and (T,) bool, which were replaced.
-
-        Raises:
-            ValueError: embeddings of another shape.
         """
 
         def behind_first(sentences: Sequence[Sequence[int]]) -> Tensor:
@@ -206,7 +194,7 @@ class Detection(nn.Module):
         edited = self.edit(token_ids)
         logits = self.logits(sentence_embedding, edited)
         replaced = (behind_first(edited) != behind_first(token_ids)).to(logits.device)
-        loss = F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
         return loss, logits, replaced
 
     def edit(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -219,16 +207,11 @@ class Detection(nn.Module):
         return [line[: len(ids)].tolist() for line, ids in zip(padded, token_ids, strict=True)]
 
     def logits(self, sentence_embedding: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """How much each token looks replaced, given the embedding of the original sentence.
+        """How much each token behind each sentence's first looks replaced.
 
-        The embedding, (n, D) float, takes the place of the first token's input vector, which is not
-        read; `token_ids` are n sentences as `edit` gives them.
-
-        Returns:
-            (T,) float32 (float64 in a float64 module): the tokens behind each sentence's first.
-
-        Raises:
-            ValueError: embeddings of another shape.
+        (T,) float32 (float64 in a float64 module). The embedding of the original sentence, (n, D)
+        float, takes the place of the first token's input vector, which is not read; `token_ids` are
+        n sentences as `edit` gives them. Embeddings of another shape are a `ValueError`.
         """
         expected = (len(token_ids), self.head.in_features)
         if sentence_embedding.shape != expected:

@@ -10,11 +10,10 @@ from typing import Self, get_args
 
 import numpy as np
 import torch
-import torch.nn as nn
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -224,18 +223,17 @@ class SentenceEncoder(nn.Module):
             return embeddings
         token_ids = self.tokenize(sentences)
         order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-        shown = {"unit": " sentences", "delay": 2, "leave": False}
+        starts = range(0, len(order), batch_size)
+        shown = {"unit": " sentences", "unit_scale": batch_size, "delay": 2, "leave": False}
         was_training = self.training
         self.eval()
         try:
-            with tqdm(total=len(order), desc="encoding", **shown) as bar:
-                for start in range(0, len(order), batch_size):
-                    rows = order[start : start + batch_size]
-                    batch = {"input_ids": [token_ids[i] for i in rows]}
-                    batch = self.tokenizer.pad(batch, return_tensors="pt")
-                    features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
-                    embeddings[rows] = self.pool(features).float().cpu().numpy()
-                    bar.update(len(rows))
+            for start in tqdm(starts, "encoding", **shown):
+                rows = order[start : start + batch_size]
+                batch = {"input_ids": [token_ids[i] for i in rows]}
+                batch = self.tokenizer.pad(batch, return_tensors="pt")
+                features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
+                embeddings[rows] = self.pool(features).float().cpu().numpy()
         finally:
             self.train(was_training)
         if normalize:
@@ -259,9 +257,7 @@ class SentenceEncoder(nn.Module):
 def loading(what: str, instead: str) -> Iterator[None]:
     """Load what a user has named: without the library's chatter, and with one line if it fails.
 
-    Raises:
-        InputError: `what` cannot be loaded, or is a pickle that holds more than tensors; `instead`
-            says what could be given, beside the name of a model on the hub.
+    That `InputError` says what could be given instead, beside the name of a model on the hub.
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
