@@ -22,6 +22,7 @@ from fcse.data import (
     load_wiki_articles,
     senteval_folder,
     sha256,
+    spread,
     text_hash,
 )
 from fcse.errors import InputError
@@ -49,11 +50,14 @@ def test_packaged_wikipedia():
     corpus = load_corpus("wiki-mini")
     assert len(articles) == 106
     assert corpus == [sentence for article in articles.values() for sentence in article]
-    assert len(corpus) > 15_000
+    assert len(corpus) == 18_836
     assert len(set(corpus)) == len(corpus)
     assert {len(sentence.split()) for sentence in corpus} == set(range(4, 61))
     # Prose: no markup is left, and nine in ten end as sentences do; the rest are captions.
-    assert not [s for s in corpus if "[[" in s or "{{" in s or "'''" in s or "\n" in s]
+    markup = ("[[", "{", "}", "|", "'''", "\n", "  ", "File:")
+    # Nor what it takes with it: words before a comma, and all that stood in brackets.
+    lost = (" ,", " ;", ",,", ",;", "()", "( ", " )", "(,", "(;", ",)", ";)", " of)", " and)")
+    assert not [s for s in corpus if any(x in s for x in markup + lost)]
     assert sum(s.rstrip("\"')]")[-1] in ".!?" for s in corpus) > 0.9 * len(corpus)
 
 
@@ -61,6 +65,15 @@ def test_packaged_wikipedia():
 def test_limit_keeps_the_first_sentences(limit):
     whole = load_corpus("wiki-mini")
     assert load_corpus("wiki-mini", limit) == whole[:limit]
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (5, 5), (5, 17), (64, 18_836)])
+def test_a_spread_batch_is_evenly_spaced(size, count):
+    batch = spread(range(count), size)
+    gaps = np.diff(batch)
+    assert (len(batch), batch[0]) == (size, 0)
+    assert set(gaps) <= {count // size}
+    assert count - 1 - batch[-1] < count // size + size
 
 
 @pytest.mark.parametrize("limit", [0, -1])
