@@ -8,9 +8,13 @@ import torch
 from conftest import make_tokenizer, one_line_refusal
 from transformers import AutoTokenizer
 
+from fcse.config import TrainConfig
+from fcse.encoder import SentenceEncoder
 from fcse.encoder.nearest import nearest
-from fcse.methods.cards import drawn, require_cased, switch_case, switched
+from fcse.methods import Start
+from fcse.methods.cards import CARDS, drawn, require_cased, switch_case, switched
 from fcse.methods.ifnd import TEMPERATURE, accepted, pseudo_labels
+from fcse.training.corpora import TokenizedCorpus
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -102,6 +106,23 @@ def test_real_sentences_that_are_one_sentence_are_no_neighbours(minilm, sentence
     np.testing.assert_array_equal(twins, np.arange(30, 35))
     apart = nearest(x, 3, ids)
     assert (ids[apart] != ids[:, None]).all()
+
+
+def test_neighbours_kept_from_another_length_are_not_taken(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    starts = ("A river of the north", "The people that", "In his later years", "Some of these")
+    lines = [f"{start} {end}" for start in starts for end in ("was first.", "were two.", "and.")]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    encoder = SentenceEncoder.from_pretrained(tiny_model("bert"), "mean")
+    found, ids = {}, {}
+    for length in (32, 4):
+        config = TrainConfig(max_length=length)
+        corpus = TokenizedCorpus.load(tmp_path / "lines.txt", encoder, length)
+        found[length] = CARDS(2).begin(Start(config, encoder, corpus)).nearest
+        ids[length] = corpus.ids()
+    same = ids[4][found[32]] == ids[4][:, None]
+    assert same.any(), "cut to 4 tokens, neighbours of a whole sentence are that sentence again"
+    assert (ids[4][found[4]] != ids[4][:, None]).all()
 
 
 @pytest.mark.parametrize("k", [-1, 0, 6])

@@ -115,7 +115,7 @@ def _nearest(encoder: Any, corpus: Any, k: int) -> np.ndarray:
     from fcse.encoder.nearest import nearest
     from fcse.encoder.sentence_encoder import weights_hash
 
-    decides = [corpus.sha256, weights_hash(encoder.backbone), encoder.pooling, k, versions()]
+    decides = [corpus.key, weights_hash(encoder.backbone), encoder.pooling, k, versions()]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     path = cache_folder() / f"neighbours-{digest}.npy"
     world = processes.world()

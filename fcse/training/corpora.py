@@ -39,11 +39,13 @@ class TokenizedCorpus:
     system lets go of it when it needs the room. About a byte of index a row stays in memory.
 
     dataset: a row each sentence, columns `sentence` (large_string) and `token_ids` (list<int32>).
-    sha256: hash of the sentences, as `data.text_hash` gives it.
+    sha256: hash of the sentences, as `data.text_hash` gives it. key: that of all that decides the
+    token ids too.
     """
 
     dataset: "Dataset"
     sha256: str
+    key: str
 
     @classmethod
     def load(
@@ -80,7 +82,8 @@ class TokenizedCorpus:
             )
         sha256 = digest.hexdigest()
         cache = Path(cache or cache_folder())
-        path = cache / f"tokens-{_key(sha256, encoder, max_length)}.arrow"
+        key = _key(sha256, encoder, max_length)
+        path = cache / f"tokens-{key}.arrow"
         dataset = _open(path, rows)
         if dataset is None:
             with writing(cache, "name another folder with XDG_CACHE_HOME, or make room"):
@@ -92,7 +95,7 @@ class TokenizedCorpus:
                         dataset = _open(path, rows)
         if dataset is None:
             raise InputError(f"{path} cannot be read back: name another folder with XDG_CACHE_HOME")
-        return cls(dataset, sha256)
+        return cls(dataset, sha256, key)
 
     def __len__(self) -> int:
         return len(self.dataset)
