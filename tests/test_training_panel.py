@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -231,6 +232,7 @@ def test_an_objective_from_a_notebook_s_cell_trains_in_the_process(config):
         @dataclass(frozen=True)
         class Squared:
             temperature: float = 0.1
+            held: object = None
 
             def logits(self, sim, positives):
                 return sim * sim.abs() / self.temperature
@@ -245,6 +247,12 @@ def test_an_objective_from_a_notebook_s_cell_trains_in_the_process(config):
     assert panel.finished[0].losses == load_run(mine).losses
     here = train(replace(mine, output=f"{mine.folder}-here"))
     assert here.losses == panel.finished[0].losses
+
+    panel._base = lambda: replace(config, objective=cell["Squared"](0.2, threading.Lock()))
+    panel.start()
+    panel.wait()
+    assert "could not be started: no other process can train this" in panel.message
+    assert not panel.train_button.disabled
     panel.close()
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import cloudpickle
 
-from fcse.errors import InputError
+from fcse.errors import InputError, first_line
 
 
 def start(
@@ -25,7 +25,14 @@ def start(
     InputError becomes one line and exit code 2. The process ends when its standard input is closed.
 
     output: where standard output and error go. environment: variables beside those of this process.
+
+    Raises:
+        InputError: what cannot be handed over, such as an objective that holds an open file.
     """
+    try:
+        call = pickle.dumps(sys.path) + cloudpickle.dumps((function, arguments))
+    except (TypeError, pickle.PicklingError) as error:
+        raise InputError(f"no other process can train this: {first_line(error)}") from None
     process = subprocess.Popen(
         [sys.executable, "-m", "fcse.training.apart"],
         stdin=subprocess.PIPE,
@@ -35,7 +42,7 @@ def start(
         start_new_session=True,
     )
     try:
-        process.stdin.write(pickle.dumps(sys.path) + cloudpickle.dumps((function, arguments)))
+        process.stdin.write(call)
         process.stdin.flush()
     except BrokenPipeError:  # it has ended already; its exit code says so
         pass

@@ -209,7 +209,7 @@ class TrainingPanel:
                 else:
                     complaints.seek(0)
                     self._say(_complaint(complaints.read(), process.returncode), wrong=True)
-        except OSError as error:
+        except (InputError, OSError) as error:
             self._say(f"Training could not be started: {error}", wrong=True)
         finally:
             self._mark_running(False)
