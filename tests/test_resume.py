@@ -12,25 +12,19 @@ import pytest
 from conftest import one_line_refusal
 from own_process import start
 
-from fcse.config import TrainConfig
 from fcse.training import load_run, read_run, train
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model, small_corpus, tmp_path_factory):
-    config = TrainConfig(
+def undisturbed(tiny_config, tmp_path_factory):
+    config = tiny_config(
+        tmp_path_factory.mktemp("undisturbed") / "run",
         recipe="minilm-wiki",
-        encoder=str(tiny_model("bert")),
-        corpus=str(small_corpus),
-        batch_size=8,
         steps=40,
         learning_rate=1e-2,
-        max_length=16,
         eval_steps=5,
         metric="lee",
         checkpoints=True,
-        precision="float32",
-        output=str(tmp_path_factory.mktemp("undisturbed") / "run"),
     )
     return train(config)
 
@@ -53,7 +47,7 @@ def same(run, undisturbed):
 
 
 def flags(config):
-    fields = vars(config).items()
+    fields = (config.settings | {"output": config.output}).items()
     return ["train"] + [
         f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
         + ("" if isinstance(value, bool) else f"={value}")
