@@ -184,16 +184,18 @@ def plainly(u, v, objective, columns, own):
 @pytest.mark.parametrize("ids", [None, "vector", "numberings"])
 @pytest.mark.parametrize("given", [("negative",), ("positive",), ("negative", "positive")], ids=str)
 def test_own_vectors_equal_the_whole_matrix_with_a_column_more(objective, margin, ids, given):
-    u, v, one = embeddings(7, 12)
+    u, v, _ = embeddings(7, 12)
     vectors = dict(zip(("negative", "positive"), mixtures(7), strict=True))
     vectors = {name: vectors[name] for name in given}
-    ids = {None: None, "vector": one, "numberings": numberings(12)}[ids]
+    ids = {None: None, "vector": numberings(12)[0], "numberings": numberings(12)}[ids]
     by_block, whole = (
         Columns(ids, (turn(margin, x),) if margin else ())
         for x in teacher(7, 12 + ("negative" in given))
     )
-    # Row 3 draws its own sentence, row 1 a repeat of it where there is one.
-    drawn = torch.tensor([1, one.eq(one[1]).nonzero()[-1].item(), 5, 3, 2, 11, 8])
+    # Its own sentence, and what is that by either numbering, by both and by none.
+    drawn = torch.tensor([2, 2, 8, 3, 9, 1, 0])
+    either = (numberings(12)[:, drawn] == numberings(12)[:, :7]).int()
+    assert either.tolist() == [[0, 1, 0, 1, 0, 1, 0], [1, 0, 0, 1, 1, 1, 0]]
     numbered = ids is not None and "negative" in given
     inputs = (u, v, *vectors.values())
     for negative_ids in (None, ids[..., drawn]) if numbered else (None,):
