@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FunctionType, NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fcse.errors import InputError
 
@@ -44,6 +44,12 @@ def require(what: str, value: float, least: float = 0, below: float = math.inf) 
     if not least <= value < below:
         most = f" and below {below:g}" if math.isfinite(below) else ""
         raise InputError(f"{what} must be a finite number of at least {least:g}{most}, got {value}")
+
+
+def require_share(what: str, value: float) -> None:
+    """Raise InputError unless 0 <= value <= 1."""
+    if not 0 <= value <= 1:
+        raise InputError(f"{what} must lie between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class FocalInfoNCE(InfoNCE):
     """Take the modulating factors, s and s + m, as constants: the logits stay, their slopes fall to
     s / tau and (s + m) / tau, and the resting point moves to s = -m. The authors do not."""
 
-    label: ClassVar[str] = "Focal-InfoNCE"
+    label = "Focal-InfoNCE"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +135,7 @@ class HardnessInfoNCE(InfoNCE):
     alpha: float = 9.0
     """Hardness weight >= 0; 9 in the paper, 0 gives InfoNCE."""
 
-    label: ClassVar[str] = "Hardness-InfoNCE"
+    label = "Hardness-InfoNCE"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,8 +162,7 @@ class Recorded:
     printed: str
     parameters: tuple[tuple[str, Any], ...]
 
-    on: ClassVar[bool] = True
-    by_matrix: ClassVar[bool] = False
+    on, by_matrix = True, False
 
     def logits(self, *_: Any) -> None:
         """Raise InputError: the class is not at hand."""

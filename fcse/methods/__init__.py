@@ -222,10 +222,12 @@ class Method:
     Attributes:
         key: what the command line, TOML and run folders call it: its file, else its class.
         label: what tables and figures print.
+        switches: the settings that turn it off where all of them are 0 or false.
     """
 
     key: ClassVar[str] = ""
     label: ClassVar[str] = ""
+    switches: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         file = cls.__module__.removeprefix(f"{__name__}.")
@@ -234,7 +236,7 @@ class Method:
     @property
     def on(self) -> bool:
         """Whether these settings change anything; a config leaves out what is off."""
-        return True
+        return not self.switches or any(getattr(self, name) for name in self.switches)
 
     @property
     def by_matrix(self) -> bool:

@@ -16,7 +16,7 @@ Where this differs from the authors:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from fcse.methods import Batch, Comparison, Method, Moments, Start
 from fcse.objectives import require
@@ -38,15 +38,12 @@ class AdapACSE(Method):
     teacher: str = "minilm"
     """Encoder whose mean readout sizes the margin: minilm, a model folder or a hub name."""
 
-    label: ClassVar[str] = "AdapACSE"
+    label = "AdapACSE"
+    switches = ("margin",)
+    by_matrix = True
 
     def __post_init__(self) -> None:
         require("adap_acse.margin", self.margin, below=math.pi / 2)
-
-    @property
-    def on(self) -> bool:
-        """Whether there is a margin."""
-        return self.margin > 0
 
     def begin(self, start: Start) -> Moments:
         """Load the teacher; raise InputError where it is not there."""
@@ -54,11 +51,6 @@ class AdapACSE(Method):
 
         teacher = SentenceEncoder.from_pretrained(self.teacher, "mean").eval()
         return _Margin(self.margin, teacher.to(start.encoder.device))
-
-    @property
-    def by_matrix(self) -> bool:
-        """It turns similarities, and nothing else."""
-        return True
 
     def files(self) -> tuple[str, ...]:
         """The teacher."""

@@ -25,14 +25,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fcse.data import cache_folder, versions
 from fcse.errors import InputError, first_line, replacing, writing
 from fcse.methods import Batch, Brought, Comparison, Loss, Method, Moments, Sentences, Start
-from fcse.objectives import require
+from fcse.objectives import require, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,17 +50,12 @@ class CARDS(Method):
     """Share of words whose first letter changes case in the second view, 0 to 1; needs a cased
     vocabulary."""
 
-    label: ClassVar[str] = "CARDS"
+    label = "CARDS"
+    switches = ("neighbours", "case_switch")
 
     def __post_init__(self) -> None:
         require("cards.neighbours", self.neighbours)
-        if not 0 <= self.case_switch <= 1:
-            raise InputError(f"cards.case_switch must lie between 0 and 1, got {self.case_switch}")
-
-    @property
-    def on(self) -> bool:
-        """Whether sentences are retrieved or cases switched."""
-        return self.neighbours > 0 or self.case_switch > 0
+        require_share("cards.case_switch", self.case_switch)
 
     def begin(self, start: Start) -> Moments:
         """Search the corpus; InputError: an uncased vocabulary, or more neighbours than it has."""
@@ -160,10 +155,7 @@ def switch_case(sentence: str, share: float, generator: np.random.Generator) -> 
     Words are what white space parts; `share`, 0 to 1, is the probability of each that begins with a
     letter; there is one draw a word. Raises InputError where share is out of its range.
     """
-    if not 0 <= share <= 1:
-        raise InputError(
-            f"the share of words whose case is switched must lie between 0 and 1, got {share}"
-        )
+    require_share("the share of words whose case is switched", share)
 
     def switch(first: re.Match[str]) -> str:
         other = first[0].swapcase()

@@ -18,7 +18,7 @@ Where this differs from the authors:
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,12 +41,8 @@ class CoreTuning(Method):
     mixing: bool = True
     """Add harder positives and negatives, mixed from a row's own."""
 
-    label: ClassVar[str] = "Core-tuning"
-
-    @property
-    def on(self) -> bool:
-        """Whether rows are weighed or pairs mixed."""
-        return self.focal_weight or self.mixing
+    label = "Core-tuning"
+    switches = ("focal_weight", "mixing")
 
     @property
     def by_matrix(self) -> bool:

@@ -22,7 +22,7 @@ Where this differs from their code:
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from fcse.errors import InputError
 from fcse.methods import Comparison, Method, Moments, Start
@@ -44,15 +44,11 @@ class DiffCSE(Method):
     """Masked language model that replaces tokens, a model folder or a hub name; None draws them
     from the corpus' unigrams."""
 
-    label: ClassVar[str] = "DiffCSE"
+    label = "DiffCSE"
+    switches = ("detection",)
 
     def __post_init__(self) -> None:
         require("diffcse.detection", self.detection)
-
-    @property
-    def on(self) -> bool:
-        """Whether detection has a weight."""
-        return self.detection > 0
 
     def check(self, config: Any) -> None:
         """Raise InputError beside micro-batches: tokens are replaced in a batch as a whole."""

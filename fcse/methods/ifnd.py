@@ -16,13 +16,13 @@ Where this differs from the authors:
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fcse.errors import InputError
 from fcse.methods import Batch, Method, Moments, Start
-from fcse.objectives import require
+from fcse.objectives import require, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,26 +33,21 @@ class IFND(Method):
     """Settings of IFND (Chen et al. 2021)."""
 
     acceptance: float = 0.5
-    """Share of pseudo-labels kept at the end, 0 to 1; equal ones make no negatives; 0 turns it off.
-    Without a counterpart among the authors' values."""
+    """Share of pseudo-labels kept at the end, 0 to 1; equal ones make no negatives."""
     clusters: int = 500
     """Clusters that give the pseudo-labels, >= 2."""
     cluster_steps: int | None = None
     """Cluster the corpus anew every so many steps, >= 1; else every quarter of the run, at most
     200."""
 
-    label: ClassVar[str] = "IFND"
+    label = "IFND"
+    switches = ("acceptance",)
 
     def __post_init__(self) -> None:
-        _check_share("ifnd.acceptance", self.acceptance)
+        require_share("ifnd.acceptance", self.acceptance)
         require("ifnd.clusters", self.clusters, 2)
         if self.cluster_steps is not None:
             require("ifnd.cluster_steps", self.cluster_steps, 1)
-
-    @property
-    def on(self) -> bool:
-        """Whether any label is ever kept."""
-        return self.acceptance > 0
 
     def begin(self, start: Start) -> Moments:
         """Raise InputError where the corpus has fewer sentences than clusters."""
@@ -107,7 +102,7 @@ _CHUNK_ROWS = 4096
 
 def accepted(step: int, steps: int, acceptance: float) -> float:
     """The share of labels to keep at a step of a run: linear from 0 at step 0 to `acceptance`."""
-    _check_share("acceptance", acceptance)
+    require_share("acceptance", acceptance)
     return acceptance * step / steps
 
 
@@ -140,7 +135,7 @@ def pseudo_labels(
     from fcse.encoder.nearest import finite_unit_rows
 
     n = len(embeddings)
-    _check_share("share", share)
+    require_share("share", share)
     if not 2 <= clusters <= n:
         raise InputError(
             f"clusters must be from 2 to {n}, the sentences of the corpus, got {clusters}"
@@ -175,8 +170,3 @@ def _confidence(x: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> np.
         shares = softmax(cosines / TEMPERATURE, axis=1)
         confidence[chunk] = shares[np.arange(len(shares)), labels[chunk]]
     return confidence
-
-
-def _check_share(name: str, share: float) -> None:
-    if not 0 <= share <= 1:
-        raise InputError(f"{name} must lie between 0 and 1, got {share}")

@@ -11,7 +11,7 @@ Where this differs from the authors:
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from fcse.errors import InputError
 from fcse.methods import Comparison, Loss, Method, Moments, Start
@@ -28,15 +28,11 @@ class SSCL(Method):
     layers: int = 1
     """Layers below the last whose vectors join as negatives, >= 0; 0 turns it off."""
 
-    label: ClassVar[str] = "SSCL"
+    label = "SSCL"
+    switches = ("layers",)
 
     def __post_init__(self) -> None:
         require("sscl.layers", self.layers)
-
-    @property
-    def on(self) -> bool:
-        """Whether any layer joins."""
-        return self.layers > 0
 
     def begin(self, start: Start) -> Moments:
         """Raise InputError where the encoder has fewer layers."""
