@@ -74,7 +74,7 @@ def histories(runs: Mapping[str, TrainResult]) -> tuple[pd.DataFrame, pd.DataFra
         (100 x Spearman) and what else was scored.
     """
     losses = [
-        {"name": name, "step": step, "loss": loss}
+        (name, step, loss)
         for name, run in runs.items()
         for step, loss in enumerate(run.losses, start=1)
     ]
@@ -85,8 +85,7 @@ def histories(runs: Mapping[str, TrainResult]) -> tuple[pd.DataFrame, pd.DataFra
 def trajectories(runs: Mapping[str, TrainResult]) -> pd.DataFrame:
     """Every scoring of every run on Lee's documents.
 
-    Returns:
-        Columns "name", "step", "alignment", "uniformity", "score" (100 x Spearman).
+    Columns "name", "step", "alignment", "uniformity", "score" (100 x Spearman).
     """
     table = histories(runs)[1].rename(columns={"lee": "score"})
     table = table.rename(columns=lambda c: c.removeprefix("lee_"))
@@ -122,16 +121,14 @@ def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame
     plots.make_folder(folder)
     runs = train_objectives(config)
     first = next(iter(runs.values()))
-    untrained = first.encoder_at(0)
+    untrained, tasks = first.encoder_at(0), judged_tasks()
     start = first.record["weights"]["first"][:8]
-    tasks = judged_tasks()
+    encoders = [("untrained", untrained, first.folder.with_name(f"untrained-{start}.json"))]
+    encoders += [(name, run.encoder, run.folder / "scores.json") for name, run in runs.items()]
     rows = [
-        {"encoder": name, "task": pairs.name, **scores}
-        for name, encoder, path in (
-            ("untrained", untrained, first.folder.with_name(f"untrained-{start}.json")),
-            *((name, run.encoder, run.folder / "scores.json") for name, run in runs.items()),
-        )
-        for pairs, scores in zip(tasks, judged(encoder, tasks, path), strict=True)
+        {"encoder": name, "task": task, **scores}
+        for name, encoder, path in encoders
+        for task, scores in judged(encoder, tasks, path).items()
     ]
     table = pd.DataFrame(rows).rename(columns={"spearman": "score"})
     draw(table, runs, untrained, folder)
@@ -151,14 +148,7 @@ def judged_tasks() -> list[SentencePairs]:
 def draw(
     table: pd.DataFrame, runs: dict[str, TrainResult], untrained: SentenceEncoder, folder: Path
 ) -> None:
-    """Write the study's figures, each with the CSV behind it.
-
-    Args:
-        table: what `study` returns.
-        runs: name of the loss -> its run.
-        untrained: where both runs started.
-        folder: where to write.
-    """
+    """Write the figures of `study`, each with the CSV behind it."""
     plots.save(plots.scores(table), table, folder / "scores")
 
     losses, evaluations = histories(runs)

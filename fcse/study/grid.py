@@ -48,25 +48,17 @@ class Grid:
         """
         if is_file(self.folder):
             raise InputError(f"output {self.folder} is a file: name a folder")
-        left = []
-        for config in self.runs:
-            finished = _finished(config.folder)
-            if finished is None or not finished[1].keys() >= set(self.tasks):
-                left.append(config)
-        return left
+        done = {run: _finished(run.folder) for run in self.runs}
+        return [run for run, x in done.items() if x is None or not x[1].keys() >= {*self.tasks}]
 
 
 def read_grid(path: Path, folder: Path) -> Grid:
-    """The grid that a TOML file describes.
+    """The grid that a TOML file describes, to be written to a folder.
 
     Settings at the top, by their flat names, are common to all runs; each [[runs]] table adds its
     own. Where a value is a list, each of its values is taken with each of the others'. `recipe`
     gives what is not named (minilm-wiki), `seeds` is a list or a count (1), `tasks` a list of names
     from `TASKS` (Lee). Runs that come to the same are one.
-
-    Args:
-        path: the file.
-        folder: where the grid is written; nothing is written here.
 
     Raises:
         InputError: no such file, bad TOML, an unknown key, a value of the wrong type or out of
@@ -119,7 +111,7 @@ def _parse(content: Mapping[str, Any]) -> tuple[list[TrainConfig], list[int], li
     settings: list[TrainConfig] = []
     for number, table in enumerate(tables, start=1):
         _check_keys(table, f" in [[runs]] table {number}")
-        settings += _crossed(base, _merged(common, table))
+        settings += _crossed(base, _flat(common) | _flat(table))
     return list(dict.fromkeys(settings)), list(dict.fromkeys(seeds)), list(dict.fromkeys(tasks))
 
 
@@ -140,22 +132,20 @@ def _check_keys(table: Mapping[str, Any], where: str) -> None:
         raise InputError(f"unknown key {key!r}{where}: {hint}")
 
 
-def _merged(common: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """Both by flat names, the table's before the common ones."""
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """By flat names: sscl.layers for what stands in a table sscl."""
     flat: dict[str, Any] = {}
-    for part in (common, table):
-        for name, value in part.items():
-            inner = value if isinstance(value, Mapping) else None
-            flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    for name, value in table.items():
+        inner = isinstance(value, Mapping)
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if inner else {name: value}
     return flat
 
 
 def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfig]:
-    choices = []
-    for name, value in table.items():
-        if value == []:
-            raise InputError(f"an empty grid: {name} is an empty list")
-        choices.append(value if isinstance(value, list) else [value])
+    choices = [value if isinstance(value, list) else [value] for value in table.values()]
+    if [] in choices:
+        name = list(table)[choices.index([])]
+        raise InputError(f"an empty grid: {name} is an empty list")
     for chosen in product(*choices):
         given = dict(zip(table, chosen, strict=True))
         if not isinstance(given.get("objective", ""), str):
@@ -183,9 +173,6 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]
 def results(folder: Path) -> pd.DataFrame:
     """Every run of a study's folder that is trained and scored, whatever grid asked for it.
 
-    Args:
-        folder: holds runs/.
-
     Returns:
         One row a run: "run" (its folder's name), "hash" (8 hexadecimal digits over settings, local
         files and versions), "name" (of the loss, see `TrainConfig.name`), every setting by its flat
@@ -198,31 +185,22 @@ def results(folder: Path) -> pd.DataFrame:
     """
     rows = []
     for path in sorted(folder.glob("runs/*/run.json")):
-        finished = _finished(path.parent)
+        run = path.parent
+        finished = _finished(run)
         if finished is None:
             continue
         record, scores = finished
         try:
             config = recorded(record["config"])
-            rows.append(
-                {
-                    "run": path.parent.name,
-                    "hash": path.parent.name.rpartition("-")[2],
-                    "name": config.name,
-                    **config.settings,
-                    **{k: record[k] for k in ("device", "precision", "wall_time_s", "kept_step")},
-                    **record["versions"],
-                    **{
-                        task if kind == "spearman" else f"{task}_{kind}": value
-                        for task, kinds in scores.items()
-                        for kind, value in kinds.items()
-                    },
-                }
-            )
-        except (KeyError, TypeError, AttributeError, InputError):
-            raise InputError(
-                f"{path.parent} holds a damaged record of a run: delete that folder"
-            ) from None
+            row = {"run": run.name, "hash": run.name.rpartition("-")[2], "name": config.name}
+            row |= config.settings
+            row |= {k: record[k] for k in ("device", "precision", "wall_time_s", "kept_step")}
+            row |= record["versions"]
+            for task, kinds in scores.items():
+                row |= {f"{task}_{kind}".removesuffix("_spearman"): kinds[kind] for kind in kinds}
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise InputError(f"{run} holds a damaged record of a run: delete that folder") from None
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fcse.config import PARAMETERS, TrainConfig, recorded
@@ -49,19 +50,12 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
         raise InputError(f"{folder} holds no finished run: train with fcse train, or name another")
     rows = [config.settings for config in configs.values()]
     table = pd.DataFrame(rows, dtype=object)  # None is a value like any other
-    settings = table[[name for name in table if name not in _SAID and "." not in name]]
-    varying = [name for name in settings if settings[name].map(str).nunique() > 1]
+    settings = [name for name in table if name not in _SAID and "." not in name]
+    varying = [name for name in settings if table[name].map(str).nunique() > 1]
+    names = _told_apart(list(configs.values()))
+    said = [", ".join(f"{name} {row[name]}" for name in varying) for row in rows]
     runs = pd.DataFrame(
-        {
-            "folder": list(configs),
-            "name": _told_apart(list(configs.values())),
-            "encoder": table["encoder"],
-            "seed": table["seed"],
-            "settings": [
-                ", ".join(f"{name} {row[name]}" for name in varying)
-                for _, row in settings.iterrows()
-            ],
-        }
+        {"folder": list(configs), "name": names, **table[["encoder", "seed"]], "settings": said}
     )
     order = ["settings", "order", "name", "seed"]
     runs = runs.assign(order=runs["name"].map(rank)).sort_values(order, ignore_index=True)
@@ -81,11 +75,7 @@ def _told_apart(configs: Sequence[TrainConfig]) -> list[str]:
 
 
 def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFrame:
-    """Every run on every task; what was scored once is read from the run's scores.json.
-
-    Args:
-        runs: from `load_runs`.
-        tasks: from `load_sts`, `load_lee`.
+    """The runs of `load_runs` on every task; what was scored once is read from its scores.json.
 
     Returns:
         One row a score: the columns of `runs`, "task", "score" (100 x Spearman), "alignment",
@@ -94,18 +84,17 @@ def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFra
     rows: list[dict[str, Any]] = []
     for run in runs.to_dict("records"):
         scores = judged(run["folder"], tasks, run["folder"] / "scores.json")
-        rows += [run | {"task": p.name, **s} for p, s in zip(tasks, scores, strict=True)]
-        by_task = {p.name: s["spearman"] for p, s in zip(tasks, scores, strict=True)}
-        if by_task.keys() >= set(STS_TASKS):
-            average = sum(by_task[name] for name in STS_TASKS) / len(STS_TASKS)
+        rows += [run | {"task": task} | found for task, found in scores.items()]
+        if scores.keys() >= set(STS_TASKS):
+            average = sum(scores[task]["spearman"] for task in STS_TASKS) / len(STS_TASKS)
             rows.append(run | {"task": "avg", "spearman": average})
     return pd.DataFrame(rows).rename(columns={"spearman": "score"})
 
 
 def judged(
     encoder: SentenceEncoder | Path, tasks: Sequence[SentencePairs], path: Path
-) -> list[dict[str, float]]:
-    """`judge_tasks`, each task once: what `path` holds already is not computed again.
+) -> dict[str, dict[str, float]]:
+    """`judge_tasks` by the tasks' names; what `path` holds already is not computed again.
 
     Args:
         encoder: or the folder of a run, loaded only where something is left to compute.
@@ -129,7 +118,7 @@ def judged(
         raise InputError(f"{path} is no valid JSON: delete it to score again") from None
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
-    return [known[pairs.name] for pairs in tasks]
+    return {pairs.name: known[pairs.name] for pairs in tasks}
 
 
 def over_seeds(scores: pd.DataFrame, baseline: str = "InfoNCE") -> pd.DataFrame:
@@ -139,7 +128,7 @@ def over_seeds(scores: pd.DataFrame, baseline: str = "InfoNCE") -> pd.DataFrame:
 
     Args:
         scores: from `score_runs`.
-        baseline: the name of the loss to compare with.
+        baseline: the name of a loss.
 
     Returns:
         One row per settings, task and loss: "seeds", "mean", "sd", "low", "high" (NaN for a
@@ -151,25 +140,21 @@ def over_seeds(scores: pd.DataFrame, baseline: str = "InfoNCE") -> pd.DataFrame:
         by_seed = group.pivot_table(index="seed", columns="name", values="score")
         for name in group["name"].unique():
             x = by_seed[name].dropna()
-            row = {"settings": settings, "task": task, "name": name, "seeds": len(x)}
-            row |= {"mean": x.mean(), "gain": None}
+            sd, low, high, gain = np.nan, np.nan, np.nan, None
             if len(x) > 1:
                 summary = summarise_seeds(x)
-                row |= {"sd": summary.sd, "low": summary.low, "high": summary.high}
+                sd, low, high = summary.sd, summary.low, summary.high
             if name != baseline and baseline in by_seed:
                 pairs = by_seed[[baseline, name]].dropna()
                 if len(pairs) > 1:
-                    row["gain"] = compare_seeds(pairs[baseline], pairs[name])
-            rows.append(row)
+                    gain = compare_seeds(pairs[baseline], pairs[name])
+            rows.append((settings, task, name, len(x), x.mean(), sd, low, high, gain))
     columns = ["settings", "task", "name", "seeds", "mean", "sd", "low", "high", "gain"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def beside_published(scores: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The published averages, and runs with all seven STS tasks, against the noise of 50 seeds.
-
-    Args:
-        scores: from `score_runs`; its "avg" rows are taken.
+    """The published averages, and the "avg" rows of `score_runs`, against the noise of 50 seeds.
 
     Returns:
         One row a result: "backbone", "name", "source" (published, or a run's folder name),
@@ -179,19 +164,9 @@ def beside_published(scores: pd.DataFrame | None = None) -> pd.DataFrame:
     rows = published.results()
     if scores is not None:
         for run in scores[scores["task"] == "avg"].to_dict("records"):
-            backbone = Path(run["encoder"]).name
-            rows.append(
-                {
-                    "backbone": backbone,
-                    "name": run["name"],
-                    "source": run["folder"].name,
-                    "avg": run["score"],
-                }
-            )
+            row = {"backbone": Path(run["encoder"]).name, "name": run["name"]}
+            rows.append(row | {"source": run["folder"].name, "avg": run["score"]})
     table = pd.DataFrame(rows)
-    noise = published.SIMCSE_50_SEEDS
-    table["z"] = [
-        (avg - noise[b]["mean"]) / noise[b]["sd"] if b in noise else float("nan")
-        for b, avg in zip(table["backbone"], table["avg"], strict=True)
-    ]
+    seeds = pd.DataFrame(published.SIMCSE_50_SEEDS).T.reindex(table["backbone"])
+    table["z"] = (table["avg"] - seeds["mean"].to_numpy()) / seeds["sd"].to_numpy()
     return table

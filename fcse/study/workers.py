@@ -46,10 +46,8 @@ def load_tasks(names: Sequence[str]) -> list[SentencePairs]:
 def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None:
     """Train a run and score it; what of it is there already is reused.
 
-    Args:
-        config: with the run's folder as `output`.
-        tasks: names from `TASKS`; their scores are kept in the folder's scores.json.
-        keep_model: else the weights are removed once they are scored.
+    The scores on `tasks`, names from `TASKS`, are kept in the folder's scores.json; the weights are
+    removed then, unless `keep_model`.
 
     Raises:
         InputError: as in `training.train`, `load_tasks`.
@@ -107,13 +105,12 @@ def run_grid(grid: Grid, workers: int | None = None, keep_models: bool = False) 
 
 def _run_all(grid: Grid, workers: int, keep_models: bool) -> list[str]:
     """Names of the runs that failed."""
-    waiting = grid.to_run()
-    free = list(range(workers))
+    waiting, free = grid.to_run(), list(range(workers))
     running: dict[subprocess.Popen[bytes], tuple[TrainConfig, int]] = {}
     failed: list[str] = []
     _write_results(grid.folder)
-    done = len(grid.runs) - len(waiting)
-    bar = tqdm(total=len(grid.runs), initial=done, unit="run", smoothing=0)
+    total = len(grid.runs)
+    bar = tqdm(total=total, initial=total - len(waiting), unit="run", smoothing=0)
     try:
         while waiting or running:
             while waiting and free:
@@ -147,10 +144,9 @@ def _start(
     config: TrainConfig, tasks: Sequence[str], keep_models: bool, slot: int, workers: int
 ) -> "subprocess.Popen[bytes]":
     """`run_one` in a process of its own."""
+    share = _share(slot, workers)
     with _log(config).open("wb") as log:
-        return apart.start(
-            run_one, config, tasks, keep_models, output=log, environment=_share(slot, workers)
-        )
+        return apart.start(run_one, config, tasks, keep_models, output=log, environment=share)
 
 
 def _share(slot: int, workers: int) -> dict[str, str]:
@@ -169,9 +165,8 @@ def _log(config: TrainConfig) -> Path:
 def _reason(code: int, log: Path) -> str:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    said = next((line for line in reversed(lines) if line), f"exit code {code}")
-    return said.removeprefix("fcse: ")
+    said = log.read_text(errors="replace").strip() or f"exit code {code}"
+    return said.splitlines()[-1].strip().removeprefix("fcse: ")
 
 
 def _gpus() -> list[str]:
@@ -200,14 +195,10 @@ def _write_results(folder: Path) -> None:
 
 
 def estimate(grid: Grid, runs: Sequence[TrainConfig]) -> tuple[float, str]:
-    """How long training takes, without the scoring of the tasks after it.
+    """How long it takes to train some runs of a grid, without the scoring of the tasks after it.
 
-    By each encoder: the time of the finished runs in the folder on a device of the same kind,
-    scaled by steps x batch size; without one, two steps of the first run are timed here.
-
-    Args:
-        grid: whose folder is looked at; nothing is written.
-        runs: what is to be trained, at least one.
+    By each encoder: the time of the finished runs in the grid's folder on a device of the same
+    kind, scaled by steps x batch size; without one, two steps of the first run are timed here.
 
     Returns:
         Seconds, one run after another; and in words where they come from.
@@ -217,20 +208,20 @@ def estimate(grid: Grid, runs: Sequence[TrainConfig]) -> tuple[float, str]:
     """
     device = processes.world().device.type
     known = results(grid.folder)
-    if len(known):
-        known = known[known["device"].str.partition(":")[0] == device]
     seconds, sources = 0.0, []
     for encoder in dict.fromkeys(run.encoder for run in runs):
         same = [run for run in runs if run.encoder == encoder]
-        done = known[known["encoder"] == encoder] if len(known) else known
+        done = known
+        if len(known):
+            here = known["device"].str.partition(":")[0] == device
+            done = known[here & (known["encoder"] == encoder)]
         if len(done):
             rate = done["wall_time_s"].sum() / (done["steps"] * done["batch_size"]).sum()
-            sources.append(
-                f"from {len(done)} finished run{'s'[: len(done) > 1]} of {encoder} on {device}"
-            )
+            source = f"{len(done)} finished run{'s'[: len(done) > 1]} of {encoder}"
         else:
             rate = _seconds(same[0]) / (same[0].steps * same[0].batch_size)
-            sources.append(f"from 2 steps of {encoder} timed on {device}")
+            source = f"2 steps of {encoder} timed"
+        sources.append(f"from {source} on {device}")
         seconds += rate * sum(run.steps * run.batch_size for run in same)
     return seconds, ", ".join(sources)
 
@@ -250,11 +241,10 @@ def _seconds(config: TrainConfig) -> float:
             times.append(time.perf_counter())
             raise _Timed
 
-    long_enough = max(config.steps, 4)
+    steps = max(config.steps, 4)
     with tempfile.TemporaryDirectory() as folder:
-        short = replace(
-            config, steps=long_enough, eval_steps=long_enough, output=f"{folder}/{config.run_name}"
-        )
+        output = f"{folder}/{config.run_name}"
+        short = replace(config, steps=steps, eval_steps=steps, output=output)
         begun = time.perf_counter()
         with suppress(_Timed), redirect_stderr(io.StringIO()):
             train(short, clock)
