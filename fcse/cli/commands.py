@@ -111,10 +111,8 @@ def run_compare(
     judged = list(_load_tasks(tasks, senteval).values())
     encoders = [SentenceEncoder.from_pretrained(model, pooling) for model in (a, b)]
     results = compare_tasks(*encoders, judged, resamples, confidence)
-    names = [pairs.name for pairs in judged] + ["mean"]
-    rows = dict(zip(names, results, strict=True))
-    if len(judged) == 1:
-        del rows["mean"]
+    names = [pairs.name for pairs in judged] + ["mean"] * (len(judged) > 1)
+    rows = dict(zip(names, results, strict=False))
     print(f"{b} minus {a}: 100 x Spearman, paired bootstrap of {resamples} draws over pairs")
     for name, result in rows.items():
         print(f"{name:18}{result}")
@@ -155,13 +153,12 @@ def run_report(
     if any(points["backbone"] == "minilm"):
         print("minilm was tuned on supervised pairs: no comparison with the rows above it")
     if figures is not None:
-        plots.save(
-            plots.beside_published(points, SIMCSE_50_SEEDS), points, figures / "beside_published"
-        )
-        if scores is not None:
-            for i, (settings, rows) in enumerate(scores.groupby("settings", sort=False), start=1):
-                part = summary[summary["settings"] == settings]
-                plots.save(plots.over_seeds(rows, part), rows, figures / f"over_seeds_{i}")
+        picture = plots.beside_published(points, SIMCSE_50_SEEDS)
+        plots.save(picture, points, figures / "beside_published")
+        groups = [] if scores is None else scores.groupby("settings", sort=False)
+        for i, (settings, rows) in enumerate(groups, start=1):
+            part = summary[summary["settings"] == settings]
+            plots.save(plots.over_seeds(rows, part), rows, figures / f"over_seeds_{i}")
         print(f"\nfigures: {figures}/")
 
 
@@ -218,10 +215,9 @@ def _check_json(path: Path | None) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    if not processes.world().is_main_process:
-        return
-    with writing(path):
-        path.write_text(json.dumps(content, indent=1) + "\n")
+    if processes.world().is_main_process:
+        with writing(path):
+            path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def run_study(
@@ -308,10 +304,10 @@ def run_doctor() -> None:
 
     Device, threads, precision, memory, folders, packaged assets, STS data, hub.
     """
-    findings = []
+    wrong: dict[str, None] = {}
     for finding in examine():
-        findings.append(finding)
         print(f"{'' if finding.healthy else '! '}{finding.what:12}{finding.said}")
-    wrong = [finding.what for finding in findings if not finding.healthy]
+        if not finding.healthy:
+            wrong[finding.what] = None
     if wrong:
-        raise InputError(f"to be mended, see above: {', '.join(dict.fromkeys(wrong))}")
+        raise InputError(f"to be mended, see above: {', '.join(wrong)}")

@@ -18,8 +18,8 @@ from fcse.objectives import name
 from fcse.training.corpora import TokenizedCorpus, token_hashes
 
 Item = tuple[Sequence[int] | None, ...]
-"""What one sentence of a batch brings, token ids each: of itself, of its second view where that has
-others, else None, and of each further sentence that a method brought with it."""
+"""Token ids that a sentence of a batch brings: its own, those of its second view where that has
+others, else None, and those of each further sentence that a method brought with it."""
 
 
 def make_batch(

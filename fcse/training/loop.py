@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,10 +39,7 @@ def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     Under `accelerate launch` every process calls it: negatives are shared, the first one writes.
     A run that another process is training is waited for.
 
-    Args:
-        config: what to run.
-        callback: called after every step with the step's number and the encoder; never called for
-            a run that is loaded.
+    `callback` gets each step's number and the encoder; it is never called for a run that is loaded.
 
     Raises:
         InputError: a corpus or encoder that cannot be loaded, a corpus smaller than a batch, an
@@ -59,16 +56,15 @@ def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     return load_run(config)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
     """What a run is made of: what is trained, and what stays as it is."""
 
-    config: TrainConfig
     precision: Precision
     encoder: SentenceEncoder
     corpus: TokenizedCorpus
     first_weights: str
-    acting: dict[str, Moments] = field(default_factory=dict)
+    acting: dict[str, Moments]
 
     @property
     def trained(self) -> nn.ModuleDict:
@@ -167,10 +163,8 @@ def _prepare(config: TrainConfig) -> _Run:
     """Everything there is before the first step; what cannot be is refused before much is done."""
     world = processes.world()
     if config.batch_size % world.num_processes:
-        raise InputError(
-            f"batch_size {config.batch_size} cannot be shared evenly by "
-            f"{world.num_processes} processes"
-        )
+        said = f"batch_size {config.batch_size} cannot be shared evenly by"
+        raise InputError(f"{said} {world.num_processes} processes")
     precision = resolve_precision(config.precision, world.device)
     losses.require_sound(config.objective)
     _make_deterministic((config.seed + world.process_index) % 2**32, world.device)
@@ -179,10 +173,10 @@ def _prepare(config: TrainConfig) -> _Run:
     corpus = TokenizedCorpus.load(
         config.corpus, encoder, config.max_length, least=config.batch_size
     )
-    run = _Run(config, precision, encoder, corpus, weights_hash(encoder.backbone))
+    first_weights = weights_hash(encoder.backbone)
     start = Start(config, encoder.to(world.device), corpus)
-    run.acting |= {method.key: method.begin(start) for method in config.methods}
-    return run
+    acting = {method.key: method.begin(start) for method in config.methods}
+    return _Run(precision, encoder, corpus, first_weights, acting)
 
 
 def _log(folder: RunFolder, first: bool, **numbers: float) -> None:
