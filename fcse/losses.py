@@ -9,6 +9,7 @@ defaults.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -378,38 +379,51 @@ def chunked_loss(
 
 
 def require_sound(objective: Any) -> None:
-    """Raise InputError where a row of an objective's logits depends on another row, or slopes lie.
+    """Raise InputError where what an objective makes of a row depends on others, or slopes lie.
 
-    Such a loss would change with the rows computed at a time. A made matrix is given as a whole and
-    row by row, and the logits and their gradients compared; slopes are compared with autograd's.
+    Such a loss would change with the rows computed at a time. Made rows are given as a whole and
+    one by one, and logits, row weights and their gradients compared; slopes with autograd's.
     """
     generator = torch.Generator().manual_seed(0)
-    sim = 2 * torch.rand(6, 9, dtype=torch.float64, generator=generator) - 1
-    weights = torch.rand(6, 9, dtype=torch.float64, generator=generator)
-    whole, single = sim.clone().requires_grad_(), sim.clone().requires_grad_()
+    sim, factors = torch.rand(2, 6, 9, dtype=torch.float64, generator=generator)
+    sim = 2 * sim - 1
     positives = _positives(sim, 0)
 
     def differ(a: Tensor, b: Tensor) -> bool:
         return not torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
 
-    with torch.enable_grad():
-        together = objective.logits(whole, positives)
-        rows = [objective.logits(single[i : i + 1], positives[i : i + 1]) for i in range(6)]
-        sound = together.shape == sim.shape and all(row.shape == (1, 9) for row in rows)
-        if sound:
-            apart = torch.cat(rows)
-            pulls = [
-                torch.autograd.grad((weights * z).sum(), s)[0] if z.requires_grad else 0 * sim
-                for z, s in ((together, whole), (apart, single))
-            ]
-            sound = not differ(together, apart) and not differ(*pulls)
-    if not sound:
+    @torch.enable_grad()
+    def pulls(make: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor | None:
+        """The gradient of what is made of six rows; None where one depends on another."""
+        whole, single = x.clone().requires_grad_(), x.clone().requires_grad_()
+        together = make(whole, *others)
+        rows = [make(*(y[i : i + 1] for y in (single, *others))) for i in range(6)]
+        shapes = [getattr(made, "shape", None) for made in (together, *rows)]
+        if shapes != [x.shape, *[x[:1].shape] * 6]:
+            return None
+        apart = torch.cat(rows)
+        found = [
+            torch.autograd.grad((factors[:, : z[0].numel()].reshape(z.shape) * z).sum(), y)[0]
+            if z.requires_grad
+            else 0 * y
+            for z, y in ((together, whole), (apart, single))
+        ]
+        return None if differ(together, apart) or differ(*found) else found[0]
+
+    of_logits = pulls(objective.logits, sim, positives)
+    if of_logits is None:
         raise InputError(
             f"rows depend on each other in {name(objective)}: the logits of a row must come from "
             "that row of sim and positives alone, and be as many as its similarities"
         )
+    weight = getattr(objective, "row_weight", None)
+    if weight and pulls(weight, sim[:, 0] - 1) is None:
+        raise InputError(
+            f"rows depend on each other in {name(objective)}: the weight of a row must come from "
+            "its own log p alone, one number for each"
+        )
     if hasattr(objective, "slopes") and differ(
-        weights * objective.slopes(sim, positives), pulls[0]
+        factors * objective.slopes(sim, positives), of_logits
     ):
         raise InputError(
             f"the slopes of {name(objective)} are not those of its logits: mend or drop them"

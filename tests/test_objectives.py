@@ -193,11 +193,29 @@ def test_objectives_of_independent_rows_are_sound(objective):
         lambda sim, positives: sim.where(~torch.eye(*sim.shape, dtype=torch.bool), sim.square()),
         lambda sim, positives: sim[:, 1:],
         lambda sim, positives: sim.mean(dim=1),
+        lambda sim, positives: None,
     ],
 )
 def test_rows_that_depend_on_each_other_are_refused(logits):
     with one_line_refusal("rows depend on each other in Made"):
         require_sound(Made(logits))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda log_p: log_p / log_p.mean(),
+        lambda log_p: log_p.softmax(dim=0),
+        lambda log_p: log_p.mean().detach() + 0 * log_p,
+        lambda log_p: 1 + log_p.sum() - log_p.sum().detach() + 0 * log_p,
+        lambda log_p: log_p[:, None],
+        lambda log_p: log_p.mean(),
+        lambda log_p: 1.0,
+    ],
+)
+def test_row_weights_that_depend_on_other_rows_are_refused(weight):
+    with one_line_refusal("rows depend on each other in Heavy: the weight of a row"):
+        require_sound(type("Heavy", (InfoNCE,), {"row_weight": lambda self, x: weight(x)})())
 
 
 def test_slopes_that_are_not_those_of_the_logits_are_refused():
@@ -215,6 +233,6 @@ def test_slopes_that_are_not_those_of_the_logits_are_refused():
 
 def test_soundness_is_checked_without_gradients_too():
     with torch.no_grad():
-        require_sound(FocalInfoNCE())
+        require_sound(FocalWeight(FocalInfoNCE()))
         with one_line_refusal("rows depend"):
             require_sound(Made(lambda sim, positives: sim + (sim.mean() - sim.mean().detach())))
