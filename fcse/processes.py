@@ -26,10 +26,7 @@ def world() -> PartialState:
 
 
 def leave() -> None:
-    """Part from the other processes once all have come this far; one alone returns at once.
-
-    A process that ends while others are still connected to it can make them abort.
-    """
+    """Part from the other processes once all are here: one that just ends can make them abort."""
     state = world()
     state.wait_for_everyone()
     state.destroy_process_group()
