@@ -25,17 +25,11 @@ from fcse.objectives import name as name_of
 from fcse.recipes import recipe
 from fcse.widgets.pictures import encode, panel
 
-_PLAIN = {
-    "positives": False,
-    "negatives": False,
-    "alpha": 0.0,
-    "margin": 0.0,
-    "focal_weight": False,
-}
+_PLAIN = dict(positives=False, negatives=False, alpha=0.0, margin=0.0, focal_weight=False)
+_FOCAL = dict(positives=True, negatives=True, stop_gradient=False, m=FocalInfoNCE.m)
 PRESETS: dict[str, dict[str, Any]] = {
     "info_nce": _PLAIN,
-    "focal_info_nce": _PLAIN
-    | {"positives": True, "negatives": True, "stop_gradient": False, "m": FocalInfoNCE.m},
+    "focal_info_nce": _PLAIN | _FOCAL,
     "hardness_info_nce": _PLAIN | {"alpha": HardnessInfoNCE.alpha},
 }
 """Objective -> what its button sets; the temperature stays."""
@@ -89,7 +83,7 @@ class AblationPanel:
         teacher: Tensor | None = None,
         own: Sequence[Any] = (),
     ) -> None:
-        """Build the panel.
+        """Build the panel; ValueError: `sim` is not square, or has not one row a sentence.
 
         Args:
             sim: (N, N) float, a real batch's similarity matrix, positives on the diagonal.
@@ -97,9 +91,6 @@ class AblationPanel:
             teacher: (N, N) float, a teacher's similarities of them, such as
                 `analysis.readout_similarities`; without one the margin rests.
             own: objectives of the reader's, values.
-
-        Raises:
-            ValueError: `sim` is not square, or has not one row a sentence.
         """
         if sim.shape != (len(sentences), len(sentences)):
             raise ValueError(
@@ -113,9 +104,7 @@ class AblationPanel:
         self.sentences = list(sentences)
         self._setting = False
         self._make_controls()
-        self._facts = widgets.HTML()
-        self._picture = widgets.HTML()
-        self._candidates = widgets.HTML()
+        self._facts, self._picture, self._candidates = (widgets.HTML() for _ in range(3))
         self._draw_background()
         self.redraw()
         self.widget = panel(
@@ -132,18 +121,12 @@ class AblationPanel:
 
     def _make_controls(self) -> None:
         def slider(value: float, description: str, **span: float) -> widgets.FloatSlider:
-            return widgets.FloatSlider(
-                value,
-                description=description,
-                style={"description_width": "8em"},
-                layout={"width": "26em"},
-                **span,
-            )
+            look = {"style": {"description_width": "8em"}, "layout": {"width": "26em"}}
+            return widgets.FloatSlider(value, description=description, **look, **span)
 
         def toggle(value: bool, description: str) -> widgets.Checkbox:
-            return widgets.Checkbox(
-                value, description=description, indent=False, layout={"width": "16em"}
-            )
+            look = {"indent": False, "layout": {"width": "16em"}}
+            return widgets.Checkbox(value, description=description, **look)
 
         self.temperature = slider(0.05, "temperature τ", min=0.01, max=0.5, step=0.01)
         self.m = slider(0.3, "m", min=-0.5, max=1.0, step=0.05)
@@ -154,11 +137,9 @@ class AblationPanel:
         self.negatives = toggle(True, "modulate negatives")
         self.stop_gradient = toggle(False, "stop-gradient")
         self.focal_weight = toggle(False, "focal weight")
+        short = [textwrap.shorten(text, 90, placeholder=" …") for text in self.sentences]
         self.anchor = widgets.Dropdown(
-            options=[
-                (f"{i}: {textwrap.shorten(sentence, 90, placeholder=' …')}", i)
-                for i, sentence in enumerate(self.sentences)
-            ],
+            options=[(f"{i}: {text}", i) for i, text in enumerate(short)],
             description="anchor",
             style={"description_width": "4em"},
             layout={"width": "min(60em, 98%)"},
@@ -190,10 +171,9 @@ class AblationPanel:
         alpha = round(self.alpha.value, 6)
         positives, negatives = self.positives.value, self.negatives.value
         if positives or negatives:
-            modulate = "both" if positives and negatives else "positive"
-            modulate = modulate if positives else "negative"
-            focal = FocalInfoNCE(temperature, m, modulate, self.stop_gradient.value)
-            return focal.canonical()
+            one = "positive" if positives else "negative"
+            modulate = "both" if positives and negatives else one
+            return FocalInfoNCE(temperature, m, modulate, self.stop_gradient.value).canonical()
         return HardnessInfoNCE(temperature, alpha) if alpha else InfoNCE(temperature)
 
     @property
@@ -217,8 +197,7 @@ class AblationPanel:
     @property
     def config(self) -> TrainConfig:
         """The short run that trains this very loss."""
-        short = recipe("minilm-short")
-        return replace(short, objective=self.objective, methods=self.methods)
+        return replace(recipe("minilm-short"), objective=self.objective, methods=self.methods)
 
     def set_to(self, objective: str) -> None:
         """Set the controls to an objective of `presets`, in one redraw."""
@@ -239,23 +218,20 @@ class AblationPanel:
         chosen = {"color": plots.style("Focal-InfoNCE").colour}
         self._lines = {}
         for axes, column in ((logit, "logit"), (slope, "slope")):
-            (plain,) = axes.plot([], [], lw=6, label="InfoNCE", animated=True, **reference)
-            (negative,) = axes.plot(
-                [], [], lw=2.5, label="chosen loss, a negative", animated=True, **chosen
+            looks = (
+                {"lw": 6, "label": "InfoNCE", **reference},
+                {"lw": 2, "ls": "--", "label": "chosen loss, a positive", **chosen},
+                {"lw": 2.5, "label": "chosen loss, a negative", **chosen},
             )
-            (positive,) = axes.plot(
-                [], [], lw=2, ls="--", label="chosen loss, a positive", animated=True, **chosen
-            )
-            self._lines[column] = plain, positive, negative
+            self._lines[column] = [axes.plot([], [], animated=True, **each)[0] for each in looks]
             axes.set(xlabel="similarity s", xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
             axes.axhline(0, color="black", lw=0.8)
         self._bars = [
             share.bar(np.arange(1, 11) + side, np.zeros(10), 0.4, animated=True, **style)
             for side, style in ((-0.2, reference), (0.2, chosen))
         ]
-        self._rest = slope.axvline(
-            0, color="black", lw=1.5, ls=":", animated=True, label="resting point of a negative"
-        )
+        dotted = {"color": "black", "lw": 1.5, "ls": ":", "label": "resting point of a negative"}
+        self._rest = slope.axvline(0, animated=True, **dotted)
         logit.set(ylabel="logit", ylim=(-25, 30))
         slope.set(ylabel="slope, d logit / d s", ylim=(-50, 60))
         share.set(
@@ -264,9 +240,8 @@ class AblationPanel:
             xticks=range(1, 11),
             ylim=(0, 100),
         )
-        figure.legend(
-            handles=[*self._lines["slope"], self._rest], loc="outside upper left", ncols=4
-        )
+        lines = [*self._lines["slope"], self._rest]
+        figure.legend(handles=lines, loc="outside upper left", ncols=4)
         self._canvas.draw()
         self._background = self._canvas.copy_from_bbox(figure.bbox)
 
@@ -281,27 +256,17 @@ class AblationPanel:
         self.m.disabled = not self.negatives.value
         self.stop_gradient.disabled = not modulated
         self.alpha.disabled = modulated
-        shares = [
-            analysis.decile_shares(self.sim, reference),
-            analysis.decile_shares(self.sim, objective, columns),
-        ]
-        unrelated = Columns(
-            turns=tuple(turn(m.margin) for m in self.methods if m.key == "adap_acse")
-        )
+        both = [(reference,), (objective, columns)]
+        shares = [analysis.decile_shares(self.sim, *each) for each in both]
+        values = [losses.loss(self.sim, *each).item() for each in both]
+        unrelated = replace(columns, turns=tuple(turn(self.margin.value) for _ in columns.turns))
         rest = analysis.resting_point(objective, unrelated)
-        curves = [
-            analysis.curve(reference, points=101),
-            analysis.curve(objective, unrelated, points=101),
-        ]
-        self._draw(*curves, shares, rest)
-        plain = losses.loss(self.sim, reference).item()
-        chosen = losses.loss(self.sim, objective, columns).item()
-        name = self.config.name
-        self._facts.value = _describe(name, self.objective, self.methods, rest, (plain, chosen))
-        self.table = analysis.candidates(
-            self.sim, self.sentences, self.anchor.value, objective, columns
-        )
-        self._candidates.value = _candidates_html(self.table, self.anchor.value)
+        plain = analysis.curve(reference, points=101)
+        self._draw(plain, analysis.curve(objective, unrelated, points=101), shares, rest)
+        name, anchor = self.config.name, self.anchor.value
+        self._facts.value = _describe(name, self.objective, self.methods, rest, values)
+        self.table = analysis.candidates(self.sim, self.sentences, anchor, objective, columns)
+        self._candidates.value = _candidates_html(self.table, anchor)
         self.png = encode(self._canvas)
         self.alt = (
             f"Logit, slope and share of the pull by decile: {name} beside InfoNCE at temperature "
@@ -339,7 +304,7 @@ def _describe(
     objective: Any,
     methods: Sequence[Any],
     rest: float | None,
-    values: tuple[float, float],
+    values: Sequence[float],
 ) -> str:
     """The loss in words and formulas, its value beside InfoNCE's, its resting point, as HTML."""
     on = {method.key for method in methods}
@@ -387,22 +352,17 @@ def _candidates_html(table: pd.DataFrame, anchor: int) -> str:
     """The most similar candidates of an anchor, its positive always among them, as HTML."""
     top = table.head(_TOP)
     if anchor not in set(top["candidate"]):
-        own = table[table["candidate"] == anchor]
-        top = pd.concat([top.head(_TOP - 1), own])
-    cell = '<td class="number">'
-    rows = []
-    for row in top.itertuples():
-        kind = "positive" if row.candidate == anchor else "negative"
-        weight = "bold" if row.candidate == anchor else "normal"
-        rows.append(
-            f'<tr style="font-weight: {weight}"><td>{kind}</td>{cell}{row.similarity:.3f}</td>'
-            f"{cell}{100 * row.plain:.2f}</td>{cell}{100 * row.chosen:.2f}</td>"
-            f"<td>{html.escape(row.sentence)}</td></tr>"
-        )
-    heads = ("kind", "similarity s", "InfoNCE [%]", "chosen loss [%]", "candidate")
-    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+        top = pd.concat([top.head(_TOP - 1), table[table["candidate"] == anchor]])
+    shown = pd.DataFrame(
+        {
+            "kind": np.where(top["candidate"] == anchor, "positive", "negative"),
+            "similarity s": top["similarity"].map("{:.3f}".format),
+            "InfoNCE [%]": (100 * top["plain"]).map("{:.2f}".format),
+            "chosen loss [%]": (100 * top["chosen"]).map("{:.2f}".format),
+            "candidate": top["sentence"],
+        }
+    )
     return (
-        f"<table><caption>Row softmax of the anchor: probability of its {len(top)} most similar "
-        f"candidates of {len(table)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
+        f"Row softmax of the anchor: probability of its {len(top)} most similar candidates of "
+        f"{len(table)}{shown.to_html(index=False, border=0)}"
     )
