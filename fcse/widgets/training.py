@@ -64,9 +64,8 @@ class TrainingPanel:
     def __init__(self, config: Callable[[], TrainConfig]) -> None:
         """Build the panel.
 
-        Args:
-            config: gives what to train when the button is pressed, such as the config of an
-                `AblationPanel`; the panel's fields replace encoder, corpus, seed and steps in it.
+        `config` gives what to train when the button is pressed, such as the config of an
+        `AblationPanel`; the panel's fields replace encoder, corpus, seed and steps in it.
         """
         self._base = config
         self._thread: threading.Thread | None = None
@@ -74,9 +73,7 @@ class TrainingPanel:
         self.live: Progress | None = None
         self.finished: list[Progress] = []
         self._make_controls(config())
-        self._message = widgets.HTML()
-        self._picture = widgets.HTML()
-        self._table = widgets.HTML()
+        self._message, self._picture, self._table = (widgets.HTML() for _ in range(3))
         self._say("Nothing trained yet.")
         self._draw()
         self.widget = panel(
@@ -91,48 +88,33 @@ class TrainingPanel:
 
     def _make_controls(self, config: TrainConfig) -> None:
         style = {"description_width": "5em"}
-        wide, narrow = {"width": "26em"}, {"width": "13em"}
+        wide = {"style": style, "layout": {"width": "26em"}}
+        narrow = {"layout": {"width": "13em"}}
+        number = {"style": style, **narrow}
+        named = "minilm (packaged), a model folder, or a hub name"
         self.encoder = widgets.Text(
-            str(config.encoder),
-            description="encoder",
-            tooltip="minilm (packaged), a model folder, or a hub name",
-            style=style,
-            layout=wide,
+            str(config.encoder), description="encoder", tooltip=named, **wide
         )
-        self.corpus = widgets.Text(
-            str(config.corpus),
-            description="corpus",
-            tooltip="wiki-mini (packaged), a text file with one sentence a line, or DATASET:COLUMN",
-            style=style,
-            layout=wide,
-        )
-        self.upload = widgets.FileUpload(
-            accept=".txt,text/plain",
-            description="upload a text file",
-            tooltip="UTF-8, one sentence a line",
-            layout=narrow,
-        )
+        named = "wiki-mini (packaged), a text file with one sentence a line, or DATASET:COLUMN"
+        self.corpus = widgets.Text(str(config.corpus), description="corpus", tooltip=named, **wide)
+        text = {"accept": ".txt,text/plain", "tooltip": "UTF-8, one sentence a line"}
+        self.upload = widgets.FileUpload(description="upload a text file", **text, **narrow)
         self.seed = widgets.BoundedIntText(
-            config.seed, min=0, max=2**32 - 1, description="seed", style=style, layout=narrow
+            config.seed, min=0, max=2**32 - 1, description="seed", **number
         )
         self.steps = widgets.BoundedIntText(
-            config.steps, min=1, max=10**6, description="steps", style=style, layout=narrow
+            config.steps, min=1, max=10**6, description="steps", **number
         )
-        self.train_button = widgets.Button(
-            description="train this", button_style="primary", layout=narrow
-        )
-        self.stop_button = widgets.Button(description="stop", disabled=True, layout=narrow)
+        primary = {"button_style": "primary", **narrow}
+        self.train_button = widgets.Button(description="train this", **primary)
+        self.stop_button = widgets.Button(description="stop", disabled=True, **narrow)
         self.upload.observe(lambda change: self._receive(change["new"]), names="value")
         self.train_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
 
     @property
     def config(self) -> TrainConfig:
-        """What the button trains.
-
-        Raises:
-            InputError: a field is out of its range.
-        """
+        """What the button trains; InputError: a field is out of its range."""
         return replace(
             self._base(),
             encoder=self.encoder.value.strip(),
@@ -191,11 +173,10 @@ class TrainingPanel:
     def _watch(self, config: TrainConfig, folder: RunFolder) -> None:
         """Train in a process and show the run until that has ended; runs in a thread."""
         try:
+            config_here = replace(config, output=folder.path)
             with (
                 tempfile.TemporaryFile() as complaints,
-                apart.start(
-                    train, replace(config, output=folder.path), output=complaints
-                ) as process,
+                apart.start(train, config_here, output=complaints) as process,
             ):
                 while process.poll() is None and not self._stopping.wait(_POLL):
                     self._look(config, folder)
@@ -223,9 +204,8 @@ class TrainingPanel:
         if run != self.live:
             self.live = run
             loss = f", loss {run.losses[-1]:.4f} nats" if run.losses else ""
-            self._say(
-                f"Training {run.config.name}: step {len(run.losses)} of {config.steps}{loss}."
-            )
+            step = f"step {len(run.losses)} of {config.steps}"
+            self._say(f"Training {run.config.name}: {step}{loss}.")
             self._draw()
 
     def _join(self, run: Progress) -> None:
