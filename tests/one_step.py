@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fcse import losses, micro_batches, processes
+from fcse import losses, processes
 from fcse.encoder import SentenceEncoder
+from fcse.losses import Columns
+from fcse.training import micro_batches
 
 LENGTH = 16
 
@@ -23,8 +25,8 @@ def one_step(model, sentences, micro_batch_size):
     sentence_ids = torch.tensor([numbers[tuple(ids)] for ids in token_ids])
 
     def loss_of(u, v):
-        own = processes.own_first(sentence_ids)
-        return losses.chunked_loss(u, processes.gather_rows(v), sentence_ids=own)
+        columns = Columns(processes.own_first(sentence_ids))
+        return losses.chunked_loss(u, processes.gather_rows(v), columns=columns)
 
     loss = micro_batches.backward(encoder, processes.share(token_ids), micro_batch_size, loss_of)
     processes.average_gradients(encoder.parameters())

@@ -22,6 +22,17 @@ def _main(arguments, errors, largest_file):
     main(arguments)
 
 
+def flags(config):
+    """The command that trains a config, with a flag for each of its settings."""
+    command = ["train"]
+    for name, value in (config.settings | {"output": config.output}).items():
+        *method, setting = name.replace("_", "-").split(".")
+        said = ".".join((*method, f"no-{setting}" if value is False else setting))
+        if value is not None:
+            command.append(f"--{said}" if isinstance(value, bool) else f"--{said}={value}")
+    return command
+
+
 def start(arguments, errors: Path, largest_file=None):
     """Begin the command: standard error goes to a file, and no file may be larger than that."""
     process = CLEAN.Process(target=_main, args=(arguments, str(errors), largest_file))

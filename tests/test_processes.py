@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line_refusal
+from conftest import lee_score, one_line_refusal
 from one_step import LENGTH, one_step
+from own_process import flags
 from safetensors.torch import load_file
 
-from fcse import losses, micro_batches, processes
-from fcse.config import TrainConfig
+from fcse import losses, processes
+from fcse.config import configured
 from fcse.encoder import SentenceEncoder
-from fcse.evaluation import evaluate_lee
-from fcse.training import read_run, train
+from fcse.training import micro_batches, read_run, train
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1")
 
@@ -61,39 +61,35 @@ def test_negatives_of_other_processes_matter(whole, still_model, corpus):
     assert whole["loss"] > sum(halves) / 2 + 0.1
 
 
-NEIGHBOURS = {
-    "objective": "focal_info_nce",
-    "layers": 1,
-    "neighbours": 3,
-    "margin": 0.1,
-    "acceptance": 0.5,
-    "clusters": 4,
-    "cluster_steps": 1,
-    "focal_weight": True,
+@pytest.fixture
+def still_config(tiny_config, still_model, corpus, tmp_path):
+    """All sixteen sentences in each batch, and no dropout."""
+    changes = {"batch_size": 16, "steps": 4, "eval_steps": 2}
+    return tiny_config(tmp_path / "one", encoder=str(still_model), corpus=str(corpus), **changes)
+
+
+METHODS = {
+    "objective": "focal_info_nce+sscl",
+    "cards.neighbours": 3,
+    "adap_acse.margin": 0.1,
+    "ifnd.acceptance": 0.5,
+    "ifnd.clusters": 4,
+    "ifnd.cluster_steps": 1,
+    "core_tuning.focal_weight": True,
+    "core_tuning.mixing": False,
 }
 
 
-@pytest.mark.parametrize("neighbours", [{}, NEIGHBOURS])
-def test_a_run_of_two_processes_is_that_of_one(neighbours, still_model, corpus, tmp_path):
-    config = TrainConfig(
-        recipe="minilm-wiki",
-        encoder=str(still_model),
-        corpus=str(corpus),
-        batch_size=16,
-        steps=4,
-        eval_steps=2,
-        learning_rate=1e-3,
-        precision="float32",
-        output=str(tmp_path / "one"),
-        **neighbours,
-    )
+@pytest.mark.parametrize("methods", [{}, METHODS])
+def test_a_run_of_two_processes_is_that_of_one(methods, still_config, tmp_path):
+    config = configured(still_config, methods | {"recipe": "minilm-wiki"})
     one = train(config)
-    names = ("encoder", "corpus", "batch_size", "steps", "eval_steps", "learning_rate", "precision")
-    given = {name: getattr(config, name) for name in names} | neighbours
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    said = launch(2, "-m", "fcse.cli", "train", *flags, f"--output={tmp_path / 'two'}")
+    elsewhere = replace(config, output=str(tmp_path / "two"))
+    said = launch(2, "-m", "fcse.cli", *flags(elsewhere))
     assert said.count("run: ") == 1
     two = read_run(tmp_path / "two")
+    assert two.config == elsewhere
+    assert len(two.config.methods) == (5 if methods else 0)
     assert two.record["processes"] == 2
     assert two.losses == pytest.approx(one.losses, abs=1e-4)
     assert two.record["masked_pairs"] == one.record["masked_pairs"] == 8
@@ -109,7 +105,7 @@ def test_an_evaluation_is_shared(minilm, tmp_path):
     )
     assert said.count("Lee ") == 1
     score = json.loads((tmp_path / "scores").read_text())["Lee"]
-    assert score == pytest.approx(evaluate_lee(minilm), abs=0.01)
+    assert score == pytest.approx(lee_score(minilm), abs=0.01)
 
 
 @pytest.mark.long
@@ -122,15 +118,8 @@ def test_a_batch_that_cannot_be_shared_is_one_line(still_model, corpus, tmp_path
         launch(2, *command)
 
 
-def test_other_many_processes_do_not_go_on_with_a_run(still_model, corpus, tmp_path):
-    config = TrainConfig(
-        encoder=str(still_model),
-        corpus=str(corpus),
-        batch_size=8,
-        steps=4,
-        eval_steps=1,
-        output=str(tmp_path / "run"),
-    )
+def test_other_many_processes_do_not_go_on_with_a_run(tiny_config, tmp_path):
+    config = tiny_config(tmp_path / "run", eval_steps=1)
 
     def stop(step, encoder):
         raise KeyboardInterrupt
@@ -179,18 +168,9 @@ def test_dropout_masks_are_the_same_in_both_passes(architecture, tiny_model, sen
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_run_with_micro_batches_learns_alike(still_model, corpus, tmp_path):
-    config = TrainConfig(
-        encoder=str(still_model),
-        corpus=str(corpus),
-        batch_size=16,
-        steps=4,
-        learning_rate=1e-3,
-        precision="float32",
-        output=str(tmp_path / "whole"),
-    )
-    whole = train(config)
-    cached = train(replace(config, micro_batch_size=4, output=str(tmp_path / "cached")))
+def test_a_run_with_micro_batches_learns_alike(still_config, tmp_path):
+    whole = train(still_config)
+    cached = train(replace(still_config, micro_batch_size=4, output=str(tmp_path / "cached")))
     assert cached.losses == pytest.approx(whole.losses, abs=1e-4)
     assert cached.record["masked_pairs"] == whole.record["masked_pairs"] == 8
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import one_line_refusal
-from own_process import start
+from own_process import flags, start
 
 from fcse.training import load_run, read_run, train
 
@@ -44,16 +44,6 @@ def same(run, undisturbed):
     for name in ("model/model.safetensors", "model/head.safetensors", "checkpoints/5.safetensors"):
         assert (run.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
     assert {p.name for p in run.folder.iterdir()} == {p.name for p in undisturbed.folder.iterdir()}
-
-
-def flags(config):
-    fields = (config.settings | {"output": config.output}).items()
-    return ["train"] + [
-        f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-        + ("" if isinstance(value, bool) else f"={value}")
-        for name, value in fields
-        if value is not None
-    ]
 
 
 def kill(process, wait):
