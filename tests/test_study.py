@@ -68,7 +68,7 @@ def test_make_study_trains_scores_and_draws_once_and_writes_beside_the_runs_alon
         for objective in ("info_nce", "focal_info_nce")
     ]
     assert table["score"].tolist() == pytest.approx([*map(lee_score, by_hand)], abs=1e-3)
-    printed = dict(re.findall(r"^(\S+) +(\d+\.\d+)$", out, re.MULTILINE))
+    printed = dict(re.findall(r"^(\S+) +(-?\d+\.?\d*)$", out, re.MULTILINE))
     assert list(printed) == list(table["encoder"])
     assert table["score"].tolist() == pytest.approx([*map(float, printed.values())], abs=0.006)
 
