@@ -78,11 +78,12 @@ def compare_tasks(
     said = zip(pair_similarities(a, tasks), pair_similarities(b, tasks), tasks, strict=True)
     drawn, differences, results = [], [], []
     for i, (x, y, pairs) in enumerate(said):
-        rng, n = np.random.default_rng(seed + i), len(pairs)
-        draws = (rng.integers(n, size=n) for _ in range(resamples))
-        drawn.append(np.array([_difference(x[r], y[r], pairs.gold[r]) for r in draws]))
+        how = {"paired": True, "vectorized": False, "n_resamples": resamples}
+        how |= {"method": "percentile", "rng": np.random.default_rng(seed + i)}
+        found = scipy.stats.bootstrap((x, y, pairs.gold), _difference, **how)
+        drawn.append(found.bootstrap_distribution)
         differences.append(_difference(x, y, pairs.gold))
-        results.append(_comparison(differences[i], drawn[i], n, confidence))
+        results.append(_comparison(differences[i], drawn[i], len(pairs), confidence))
     n = sum(map(len, tasks))
     mean = float(np.mean(differences))
     return [*results, _comparison(mean, np.mean(drawn, axis=0), n, confidence)]

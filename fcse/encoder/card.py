@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from fcse.data import is_file, is_folder
+
 _PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
 
 _TEXT = """---
@@ -78,7 +80,7 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _name(name_or_path: str) -> str:
     """A hub name as it is; of a path on one machine, also in FOLDER:COLUMN, only its last part."""
-    if Path(name_or_path).exists():
+    if is_file(name_or_path) or is_folder(name_or_path):
         return Path(name_or_path).resolve().name
     folder, colon, column = name_or_path.rpartition(":")
     return _name(folder) + colon + column if folder else name_or_path

@@ -86,7 +86,7 @@ class SentenceEncoder(nn.Module):
             subfolder, declared = read_layout(path, local)
             if folder:
                 _check_model_folder(Path(path) / subfolder)
-            where = {"local_files_only": local, "subfolder": subfolder}
+            where = {"local_files_only": local, "subfolder": subfolder, "trust_remote_code": False}
             backbone = AutoModel.from_pretrained(path, dtype=torch.float32, **where)
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
         if backbone.config.is_encoder_decoder or tokenizer.pad_token_id is None:
