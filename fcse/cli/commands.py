@@ -147,9 +147,10 @@ def run_report(
         _print_seeds(summary)
     points = beside_published(scores)
     print("\nmean of the seven STS tasks, and its distance from 50 seeds of SimCSE in their sd")
+    width = max(16, 2 + points["name"].str.len().max())
     for row in points.itertuples():
         distance = "" if math.isnan(row.z) else f"{row.z:+8.1f} sd"
-        print(f"{row.backbone:22}{row.name:16}{row.avg:7.2f}{distance:12}  {row.source}")
+        print(f"{row.backbone:22}{row.name:{width}}{row.avg:7.2f}{distance:12}  {row.source}")
     if any(points["backbone"] == "minilm"):
         print("minilm was tuned on supervised pairs: no comparison with the rows above it")
     if figures is not None:
