@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from own_process import CLEAN
 from transformers import AutoModel, ByT5Tokenizer
 
-from fcse import corpora
-from fcse.corpora import LONGEST, TokenizedCorpus, row_batches
 from fcse.data import cache_folder, load_corpus, text_hash
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
+from fcse.training import corpora
+from fcse.training.corpora import LONGEST, TokenizedCorpus, row_batches
 
 EXAMPLES = settings(
     max_examples=150,

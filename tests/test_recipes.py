@@ -13,6 +13,7 @@ from fcse.data import load_lee, load_sts
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
+from fcse.objectives import FocalInfoNCE
 from fcse.recipes import RECIPES, recipe
 from fcse.training import train
 
@@ -104,8 +105,8 @@ PUBLISHED = {
 def test_recipes_of_the_paper(name):
     config = recipe(name)
     assert (config.encoder, config.batch_size, config.learning_rate) == PUBLISHED[name]
-    assert (config.objective, config.modulate) == ("focal_info_nce", "both")
-    assert (config.temperature, config.m, config.max_length) == (0.05, 0.3, 32)
+    assert config.objective == FocalInfoNCE(0.05, 0.3, modulate="both", stop_gradient=False)
+    assert (config.methods, config.max_length) == ((), 32)
     assert (config.corpus, config.metric, config.eval_steps) == ("wiki1m", "stsb_dev", 125)
     assert config.pooling == "cls"
     assert config.steps * config.batch_size <= 1_000_000 < (config.steps + 1) * config.batch_size
