@@ -16,18 +16,18 @@ Nothing here imports torch: tensors come in as arguments.
 """
 
 import ast
-import dis
 import hashlib
 import inspect
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import CodeType, FunctionType, NoneType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fcse.errors import InputError
@@ -278,48 +278,30 @@ _GENERATED = ("__init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__de
 def code(kind: type) -> str:
     """Eight hexadecimal digits over what a class does: two of one name may differ in it.
 
-    That is its members, and the functions, classes and plain values of its module that they use.
+    That is the bytes of the file that it comes from, with what it uses there, and its own members;
+    of a class from a notebook's cell the members alone.
     """
-    steps = repr([*_steps(kind, kind.__module__, set())])
-    return hashlib.sha256(steps.encode()).hexdigest()[:8]
+    digest = hashlib.sha256()
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file and kind.__module__ != "__main__":
+        digest.update(Path(file).read_bytes())
+    for each in kind.__mro__[:-1]:
+        for member, value in sorted(vars(each).items()):
+            value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if isinstance(value, FunctionType) and member not in _GENERATED:
+                said = [member, value.__defaults__, value.__kwdefaults__, *_steps(value.__code__)]
+                digest.update(repr(said).encode())
+    return digest.hexdigest()[:8]
 
 
-def _steps(of: Any, home: str, seen: set[int]) -> Iterator[Any]:
-    of = getattr(of, "fget", None) or getattr(of, "__func__", of)
-    if id(of) in seen:
-        return
-    if isinstance(of, type) and of.__module__ == home:
-        seen.add(id(of))
-        for each in of.__mro__[:-1]:
-            for member, value in sorted(vars(each).items()):
-                if member not in _GENERATED and (callable(value) or not member.startswith("__")):
-                    yield member
-                    yield from _steps(value, each.__module__, seen)
-    elif isinstance(of, FunctionType) and of.__module__ == home:
-        seen.add(id(of))
-        used = dict(inspect.getclosurevars(of).nonlocals)
-        yield of.__defaults__, of.__kwdefaults__
-        for part in _nested(of.__code__):
-            constants = [x for x in part.co_consts if not isinstance(x, CodeType)]
-            yield part.co_code, part.co_names
-            yield [sorted(map(repr, x)) if isinstance(x, frozenset) else x for x in constants]
-            loaded = (x.argval for x in dis.get_instructions(part) if x.opname == "LOAD_GLOBAL")
-            used |= {x: of.__globals__[x] for x in loaded if x in of.__globals__}
-        for name in sorted(used):
-            yield name
-            yield from _steps(used[name], home, seen)
-    elif isinstance(of, (tuple, list)):
-        for part in of:
-            yield from _steps(part, home, seen)
-    elif isinstance(of, (bool, int, float, complex, str, bytes, NoneType)):
-        yield of
-
-
-def _nested(of: CodeType) -> Iterator[CodeType]:
-    yield of
-    for inner in of.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _nested(inner)
+def _steps(of: CodeType) -> Iterator[Any]:
+    yield of.co_code
+    yield of.co_names
+    for constant in of.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _steps(constant)
+        else:
+            yield sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
 
 
 def documented(kind: type) -> dict[str, str]:
