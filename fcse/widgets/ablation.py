@@ -23,7 +23,7 @@ from fcse.methods.core_tuning import CoreTuning, FocalWeight
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE, named
 from fcse.objectives import name as name_of
 from fcse.recipes import recipe
-from fcse.widgets.pictures import encode, panel
+from fcse.widgets.pictures import beside, encode, labelled, panel
 
 _PLAIN = dict(positives=False, negatives=False, alpha=0.0, margin=0.0, focal_weight=False)
 _FOCAL = dict(positives=True, negatives=True, stop_gradient=False, m=FocalInfoNCE.m)
@@ -107,22 +107,13 @@ class AblationPanel:
         self._facts, self._picture, self._candidates = (widgets.HTML() for _ in range(3))
         self._draw_background()
         self.redraw()
-        self.widget = panel(
-            [
-                [widgets.Label("set to"), *self.presets.values()],
-                [self.temperature, self.m, self.alpha, self.margin],
-                [self.positives, self.negatives, self.stop_gradient, self.focal_weight],
-                self._facts,
-                self._picture,
-                self.anchor,
-                self._candidates,
-            ]
-        )
+        shown = (self._facts, self._picture, self.anchor, self._candidates)
+        buttons = beside(widgets.Label("set to"), *self.presets.values())
+        self.widget = panel(buttons, beside(*self._sliders), beside(*self._toggles), *shown)
 
     def _make_controls(self) -> None:
-        def slider(value: float, description: str, **span: float) -> widgets.FloatSlider:
-            look = {"style": {"description_width": "8em"}, "layout": {"width": "26em"}}
-            return widgets.FloatSlider(value, description=description, **look, **span)
+        def slider(value: float, label: str, **span: float) -> widgets.FloatSlider:
+            return widgets.FloatSlider(value, **labelled(label, "8em", "26em"), **span)
 
         def toggle(value: bool, description: str) -> widgets.Checkbox:
             look = {"indent": False, "layout": {"width": "16em"}}
@@ -138,15 +129,12 @@ class AblationPanel:
         self.stop_gradient = toggle(False, "stop-gradient")
         self.focal_weight = toggle(False, "focal weight")
         short = [textwrap.shorten(text, 90, placeholder=" …") for text in self.sentences]
-        self.anchor = widgets.Dropdown(
-            options=[(f"{i}: {text}", i) for i, text in enumerate(short)],
-            description="anchor",
-            style={"description_width": "4em"},
-            layout={"width": "min(60em, 98%)"},
-        )
-        sliders = (self.temperature, self.m, self.alpha, self.margin)
-        toggles = (self.positives, self.negatives, self.stop_gradient, self.focal_weight)
-        for control in (*sliders, *toggles, self.anchor):
+        options = [(f"{i}: {text}", i) for i, text in enumerate(short)]
+        look = labelled("anchor", "4em", "min(60em, 98%)")
+        self.anchor = widgets.Dropdown(options=options, **look)
+        self._sliders = (self.temperature, self.m, self.alpha, self.margin)
+        self._toggles = (self.positives, self.negatives, self.stop_gradient, self.focal_weight)
+        for control in (*self._sliders, *self._toggles, self.anchor):
             control.observe(self._change, names="value")
         self.presets = {}
         for key in (*PRESETS, *self._own):
@@ -277,11 +265,7 @@ class AblationPanel:
         self.seconds = time.perf_counter() - started
 
     def _draw(
-        self,
-        reference: pd.DataFrame,
-        chosen: pd.DataFrame,
-        shares: Sequence[np.ndarray],
-        rest: float | None,
+        self, reference: pd.DataFrame, chosen: pd.DataFrame, shares: Any, rest: float | None
     ) -> None:
         self._canvas.restore_region(self._background)
         for column, (plain, positive, negative) in self._lines.items():
@@ -300,20 +284,16 @@ class AblationPanel:
 
 
 def _describe(
-    name: str,
-    objective: Any,
-    methods: Sequence[Any],
-    rest: float | None,
-    values: Sequence[float],
+    name: str, objective: Any, methods: Sequence[Any], rest: float | None, values: Sequence[float]
 ) -> str:
     """The loss in words and formulas, its value beside InfoNCE's, its resting point, as HTML."""
     on = {method.key for method in methods}
     margin = "adap_acse" in on
     positive, negative = _formulas(objective)
     modulated = isinstance(objective, FocalInfoNCE) and objective.modulate != "positive"
-    point = "none: " + (
-        "no negative is turned to it" if modulated and margin else "the negatives are not modulated"
-    )
+    point = "none: the negatives are not modulated"
+    if modulated and margin:
+        point = "none: no negative is turned to it"
     if rest is not None:
         point = f"<i>s</i> = {rest + 0:.3f}"
         if isinstance(objective, FocalInfoNCE):
@@ -337,12 +317,9 @@ def _formulas(objective: Any) -> tuple[str, str]:
     plain = "<i>s</i>/<i>τ</i>"
     if isinstance(objective, FocalInfoNCE):
         factor = "sg(<i>s</i>)" if objective.stop_gradient else "<i>s</i>"
-        positive = f"<i>s</i> · {factor}/<i>τ</i>"
-        negative = f"<i>s</i> · ({factor} + <i>m</i>)/<i>τ</i>"
-        return (
-            positive if objective.modulate != "negative" else plain,
-            negative if objective.modulate != "positive" else plain,
-        )
+        positive = f"<i>s</i> · {factor}/<i>τ</i>" if objective.modulate != "negative" else plain
+        turned = f"<i>s</i> · ({factor} + <i>m</i>)/<i>τ</i>"
+        return positive, turned if objective.modulate != "positive" else plain
     if isinstance(objective, HardnessInfoNCE):
         return plain, f"{plain} + <i>α</i> · sg(<i>s</i>)"
     return (plain, plain) if isinstance(objective, InfoNCE) else ("as it is defined",) * 2

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fcse import plots
+from fcse.widgets.pictures import beside, labelled
 
 ROWS = 25
 """Selected sentences that are listed."""
@@ -38,8 +39,7 @@ class MapExplorer:
 
         Args:
             maps: title -> (n, 2) float, as of `analysis.aligned_maps`.
-            sentences: n sentences.
-            labels: what each belongs to, such as its article.
+            sentences, labels: n sentences, and what each belongs to, such as its article.
             groups: at most eight labels that get a colour; all others are grey.
         """
         self._table = pd.DataFrame({"sentence": sentences, "article": labels})
@@ -48,11 +48,12 @@ class MapExplorer:
         self._table["group"] = pd.Categorical(group, [*colours])
         # Grey points lie beneath, wherever they come in the corpus.
         order = np.argsort(self._table["group"] != plots.OTHERS, kind="stable")
+        placed = {t: self._table.assign(x=xy[:, 0], y=xy[:, 1]) for t, xy in maps.items()}
         self.scatters = {
             title: jscatter.Scatter(
                 "x",
                 "y",
-                data=self._table.assign(x=xy[:, 0], y=xy[:, 1]),
+                data=table,
                 color_by="group",
                 color_map=colours,
                 color_selected="black",
@@ -69,14 +70,12 @@ class MapExplorer:
                 tooltip_preview_text_lines=8,
                 tooltip_size="medium",
             )
-            for title, xy in maps.items()
+            for title, table in placed.items()
         }
-        style = {"style": {"description_width": "9em"}}
-        self.group = widgets.Dropdown(options=["", *colours], description="select a group", **style)
-        self.word = widgets.Text(
-            description="select by word", placeholder="and press Enter", continuous_update=False
-        )
-        self.word.style.description_width = "9em"
+        look = labelled("select a group", "9em")
+        self.group = widgets.Dropdown(options=["", *colours], **look)
+        look = labelled("select by word", "9em")
+        self.word = widgets.Text(placeholder="and press Enter", continuous_update=False, **look)
         self._list = widgets.HTML()
         self.group.observe(self._select_group, names="value")
         self.word.observe(self._select_word, names="value")
@@ -89,25 +88,14 @@ class MapExplorer:
         )
         self._first.widget.observe(lambda _: self._show(), names="selection")
         self._show()
-        legend = widgets.HTML(
-            " &nbsp; ".join(
-                f"<span style='color:{colour}; font-size:150%'>●</span> {html.escape(name)}"
-                for name, colour in colours.items()
-            )
-        )
-        shown = pd.concat(
-            self._table.assign(encoder=title, x=xy[:, 0], y=xy[:, 1]) for title, xy in maps.items()
-        )
+        marks = [
+            f"<span style='color:{colour}; font-size:150%'>●</span> {html.escape(name)}"
+            for name, colour in colours.items()
+        ]
+        legend = widgets.HTML(" &nbsp; ".join(marks))
+        shown = pd.concat(table.assign(encoder=title) for title, table in placed.items())
         said = widgets.HTML(html.escape(plots.describe_maps(shown, groups)))
-        self.widget = widgets.VBox(
-            [
-                widgets.HBox([self.group, self.word], layout={"flex_flow": "row wrap"}),
-                legend,
-                plane,
-                said,
-                self._list,
-            ]
-        )
+        self.widget = widgets.VBox([beside(self.group, self.word), legend, plane, said, self._list])
 
     @property
     def selection(self) -> np.ndarray:

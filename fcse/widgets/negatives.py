@@ -12,7 +12,7 @@ from fcse import analysis, plots
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
 from fcse.objectives import name as name_of
 from fcse.training import TrainResult
-from fcse.widgets.pictures import SliderNames
+from fcse.widgets.pictures import SliderNames, beside, labelled
 
 ROWS = 12
 """Negatives, and pairs, that a table shows."""
@@ -35,51 +35,30 @@ class NegativeExplorer:
     def __init__(
         self, runs: Mapping[str, TrainResult], sentences: Sequence[str], labels: Sequence[str]
     ) -> None:
-        """Build the explorer.
-
-        Args:
-            runs: name -> run, as of `study.embedded.pick_runs`.
-            sentences: the batch, N sentences.
-            labels: the article that each comes from.
-        """
-        self._runs, self._sentences, self._labels = runs, list(sentences), list(labels)
+        """Build the explorer of runs by their names over a batch and the articles it is from."""
+        self._runs = runs
+        self._batch = pd.DataFrame({"article": labels, "sentence": sentences}, dtype=object)
         self._sims: dict[tuple[str, int], Tensor] = {}
-        wide = {"style": {"description_width": "9em"}, "layout": {"width": "100%"}}
-        self.run = widgets.Dropdown(
-            options=list(runs),
-            description="encoder",
-            style={"description_width": "9em"},
-        )
-        self.step = widgets.SelectionSlider(
-            options=self._steps(),
-            description="training step",
-            continuous_update=False,
-            style={"description_width": "9em"},
-            layout={"width": "30em"},
-        )
-        texts = zip(self._labels, self._sentences, strict=True)
-        self.anchor = widgets.Dropdown(
-            options=[(f"{i} · {title} · {text}", i) for i, (title, text) in enumerate(texts)],
-            description="anchor",
-            **wide,
-        )
+        self.run = widgets.Dropdown(options=list(runs), **labelled("encoder", "9em"))
+        look = labelled("training step", "9em", "30em")
+        self.step = widgets.SelectionSlider(options=self._steps(), continuous_update=False, **look)
+        texts = self._batch.itertuples(name=None)
+        options = [(f"{i} · {title} · {text}", i) for i, title, text in texts]
+        self.anchor = widgets.Dropdown(options=options, **labelled("anchor", "9em", "100%"))
         self._tables = widgets.HTML()
         self.run.observe(self._change_run, names="value")
         for control in (self.step, self.anchor):
             control.observe(lambda _: self.redraw(), names="value")
         self.redraw()
-        top = widgets.HBox([self.run, self.step], layout={"flex_flow": "row wrap"})
+        top = beside(self.run, self.step)
         self.widget = widgets.VBox([top, self.anchor, self._tables, SliderNames()])
 
     def similarities(self, run: str, step: int) -> Tensor:
         """The batch's similarity matrix after a step of a run: (N, N) float32, computed once."""
         if (run, step) not in self._sims:
-            chosen = self._runs[run]
+            encoder, config = self._runs[run].encoder_at(step), self._runs[run].config
             self._sims[run, step] = analysis.batch_similarities(
-                chosen.encoder_at(step),
-                self._sentences,
-                chosen.config.max_length,
-                chosen.config.seed,
+                encoder, list(self._batch["sentence"]), config.max_length, config.seed
             )
         return self._sims[run, step]
 
@@ -96,13 +75,10 @@ class NegativeExplorer:
         """
         config, sim = self._runs[run].config, self.similarities(run, step)
         table = analysis.anchor_negatives(sim, anchor, compared(config.objective))
-        found = analysis.likely_false_negatives(sim, self._labels)
+        found = analysis.likely_false_negatives(sim, self._batch["article"])
         partners = {*found["j"][found["i"] == anchor], *found["i"][found["j"] == anchor]}
-        return table.assign(
-            article=[self._labels[j] for j in table["negative"]],
-            sentence=[self._sentences[j] for j in table["negative"]],
-            false_negative=table["negative"].isin(partners),
-        )
+        marked = table["negative"].isin(partners)
+        return table.join(self._batch, on="negative").assign(false_negative=marked)
 
     @property
     def pairs(self) -> pd.DataFrame:
@@ -111,17 +87,10 @@ class NegativeExplorer:
         Columns "similarity", "article", "i", "sentence_i", "j", "sentence_j".
         """
         sim = self.similarities(self.run.value, self.step.value)
-        found = analysis.likely_false_negatives(sim, self._labels)
-        return pd.DataFrame(
-            {
-                "similarity": found["similarity"],
-                "article": [self._labels[i] for i in found["i"]],
-                "i": found["i"],
-                "sentence_i": [self._sentences[i] for i in found["i"]],
-                "j": found["j"],
-                "sentence_j": [self._sentences[j] for j in found["j"]],
-            }
-        )
+        found = analysis.likely_false_negatives(sim, self._batch["article"])
+        sentences = self._batch["sentence"]
+        found = found.join(self._batch, on="i").join(sentences, on="j", lsuffix="_i", rsuffix="_j")
+        return found[["similarity", "article", "i", "sentence_i", "j", "sentence_j"]]
 
     def redraw(self) -> None:
         """Bring both tables in line with the controls."""
@@ -139,39 +108,32 @@ class NegativeExplorer:
     def _negatives_html(self) -> str:
         table = self.table
         losses = list(map(name_of, compared(self._runs[self.run.value].config.objective)))
-        shares = {loss: table[loss].abs() / table[loss].abs().sum() for loss in losses}
+        total = table[losses].abs().sum()
         rows = []
-        for k, row in enumerate(table.head(ROWS).to_dict("records")):
-            cells = [f"<td>{k + 1}</td><td>{row['similarity']:.3f}</td>"]
-            cells += [_weight(row[loss], shares[loss][k], loss) for loss in losses]
+        for k, row in enumerate(table.head(ROWS).to_dict("records"), start=1):
+            pulls = [_weight(row[loss], abs(row[loss]) / total[loss], loss) for loss in losses]
             mark = "⚑ likely" if row["false_negative"] else ""
-            cells.append(f"<td style='white-space:nowrap'><b>{mark}</b></td>")
-            cells.append(f"<td>{html.escape(row['article'])}</td>")
-            cells.append(f"<td>{html.escape(row['sentence'])}</td>")
-            rows.append("<tr>" + "".join(cells) + "</tr>")
-        anchor = html.escape(self._sentences[self.anchor.value])
+            rows.append(
+                f"<td>{k}</td><td>{row['similarity']:.3f}</td>{''.join(pulls)}"
+                f"<td style='white-space:nowrap'><b>{mark}</b></td>"
+                f"<td>{html.escape(row['article'])}</td><td>{html.escape(row['sentence'])}</td>"
+            )
+        anchor = html.escape(self._batch["sentence"][self.anchor.value])
+        heads = [f"pull, {html.escape(loss)}" for loss in losses]
         return _table(
             f"Anchor {self.anchor.value} after step {self.step.value}: <b>{anchor}</b>"
             f"<br>Its {min(ROWS, len(table))} hardest of {len(table)} negatives; a bar is the "
             "negative's share of the pull on all of them.",
-            [
-                "rank",
-                "similarity s",
-                *(f"pull, {html.escape(loss)}" for loss in losses),
-                "false negative?",
-                "article",
-                "sentence",
-            ],
+            ["rank", "similarity s", *heads, "false negative?", "article", "sentence"],
             rows,
         )
 
     def _pairs_html(self) -> str:
         pairs = self.pairs
         rows = [
-            f"<tr><td>{row.similarity:.3f}</td>"
-            f"<td>{html.escape(row.article)}</td>"
+            f"<td>{row.similarity:.3f}</td><td>{html.escape(row.article)}</td>"
             f"<td>{row.i}</td><td>{html.escape(row.sentence_i)}</td>"
-            f"<td>{row.j}</td><td>{html.escape(row.sentence_j)}</td></tr>"
+            f"<td>{row.j}</td><td>{html.escape(row.sentence_j)}</td>"
             for row in pairs.head(ROWS).itertuples()
         ]
         return _table(
@@ -185,10 +147,9 @@ class NegativeExplorer:
 def compared(objective: Any) -> list[Any]:
     """The three kinds of objective at a run's temperature, and its own where it is another."""
     temperature = analysis.plain(objective).temperature
-    kinds = [kind(temperature) for kind in (InfoNCE, FocalInfoNCE, HardnessInfoNCE)]
-    same = [type(each) is type(objective) for each in kinds]
-    kinds = [objective if here else each for each, here in zip(kinds, same, strict=True)]
-    return kinds if any(same) else [*kinds, objective]
+    kinds = (InfoNCE, FocalInfoNCE, HardnessInfoNCE)
+    found = [objective if kind is type(objective) else kind(temperature) for kind in kinds]
+    return found if type(objective) in kinds else [*found, objective]
 
 
 def _weight(pull: float, share: float, loss: str) -> str:
@@ -204,5 +165,6 @@ def _table(caption: str, columns: list[str], rows: list[str]) -> str:
         "<table class='fcse-table' style='width:100%; line-height:1.3; margin-bottom:1em; "
         "text-align:left; vertical-align:top; font-size:14px'>"
         f"<caption style='text-align:left; padding:4px'>{caption}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
     )

@@ -1,7 +1,7 @@
 """What panels share: a size read from afar, sliders with names, and pictures drawn fast."""
 
 import io
-from collections.abc import Sequence
+from typing import Any
 
 import anywidget
 import ipywidgets as widgets
@@ -47,15 +47,20 @@ class SliderNames(anywidget.AnyWidget):
         super().__init__(layout={"display": "none"})
 
 
-def panel(rows: Sequence[widgets.Widget | Sequence[widgets.Widget]]) -> widgets.VBox:
-    """Widgets one below the other, a sequence of them side by side; large enough to project."""
-    boxes = [
-        row
-        if isinstance(row, widgets.Widget)
-        else widgets.HBox(list(row), layout={"flex_flow": "row wrap"})
-        for row in rows
-    ]
-    box = widgets.VBox([widgets.HTML(_STYLE, layout={"display": "none"}), SliderNames(), *boxes])
+def labelled(label: str, label_width: str, width: str | None = None) -> dict[str, Any]:
+    """What a control takes for a label of some width, and to be so wide with it."""
+    style = {"description_width": label_width}
+    return {"description": label, "style": style, "layout": {"width": width}}
+
+
+def beside(*controls: widgets.Widget) -> widgets.HBox:
+    """Widgets side by side, in as many lines as they need."""
+    return widgets.HBox(controls, layout={"flex_flow": "row wrap"})
+
+
+def panel(*rows: widgets.Widget) -> widgets.VBox:
+    """Widgets one below the other, large enough to project."""
+    box = widgets.VBox([widgets.HTML(_STYLE, layout={"display": "none"}), SliderNames(), *rows])
     box.add_class("fcse-panel")
     return box
 

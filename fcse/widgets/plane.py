@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fcse import plots
-from fcse.widgets.pictures import SliderNames
+from fcse.widgets.pictures import SliderNames, labelled
 
 
 class TrajectoryPlane:
@@ -21,12 +21,7 @@ class TrajectoryPlane:
     """
 
     def __init__(self, path: pd.DataFrame) -> None:
-        """Build the plane.
-
-        Args:
-            path: columns "name" of the loss, "step", "alignment", "uniformity",
-                "score" (100 x Spearman), as of `study.trajectories`.
-        """
+        """Build the plane of the table of `study.embedded.trajectories`."""
         self._path = path.reset_index(drop=True)
         names = list(dict.fromkeys(path["name"]))
         colours = {name: plots.style(name).colour for name in names}
@@ -64,36 +59,24 @@ class TrajectoryPlane:
             tooltip_size="medium",
             height=460,
         )
-        self.weight = widgets.FloatSlider(
-            1.0,
-            min=0,
-            max=2,
-            step=0.05,
-            description="weight of uniformity w",
-            style={"description_width": "12em"},
-            layout={"width": "32em"},
-        )
+        look = labelled("weight of uniformity w", "12em", "32em")
+        self.weight = widgets.FloatSlider(1.0, min=0, max=2, step=0.05, **look)
         self._facts = widgets.HTML()
         self.weight.observe(lambda _: self.redraw(), names="value")
         self.redraw()
         said = widgets.HTML(html.escape(plots.describe_plane(self._path)))
-        self.widget = widgets.VBox(
-            [self.weight, self._facts, self.scatter.widget, said, SliderNames()]
-        )
+        shown = [self.weight, self._facts, self.scatter.widget, said, SliderNames()]
+        self.widget = widgets.VBox(shown)
 
     def redraw(self) -> None:
         """Bring lines and text in line with the weight."""
         weight = self.weight.value
         corners = [y + weight * x for x in self._x for y in self._y]
-        ends = np.array(self._x)
-        self.scatter.annotations(
-            [
-                jscatter.Line(
-                    [(x, level - weight * x) for x in ends], line_color="#00000033", line_width=1
-                )
-                for level in np.linspace(min(corners), max(corners), 12)[1:-1]
-            ]
-        )
+        lines = []
+        for level in np.linspace(min(corners), max(corners), 12)[1:-1]:
+            ends = [(x, level - weight * x) for x in self._x]
+            lines.append(jscatter.Line(ends, line_color="#00000033", line_width=1))
+        self.scatter.annotations(lines)
         total = self._path["alignment"] + weight * self._path["uniformity"]
         best = self._path.loc[total.idxmin()]
         self._facts.value = (

@@ -22,7 +22,7 @@ from fcse.data import load_corpus
 from fcse.errors import InputError
 from fcse.training import apart, run_folder, train
 from fcse.training.folder import RunFolder
-from fcse.widgets.pictures import encode, panel
+from fcse.widgets.pictures import beside, encode, labelled, panel
 
 _POLL = 0.5
 """Seconds between two looks at a run's folder."""
@@ -76,37 +76,26 @@ class TrainingPanel:
         self._message, self._picture, self._table = (widgets.HTML() for _ in range(3))
         self._say("Nothing trained yet.")
         self._draw()
-        self.widget = panel(
-            [
-                [self.encoder, self.corpus, self.upload],
-                [self.seed, self.steps, self.train_button, self.stop_button],
-                self._message,
-                self._picture,
-                self._table,
-            ]
-        )
+        fields = beside(self.encoder, self.corpus, self.upload)
+        buttons = beside(self.seed, self.steps, self.train_button, self.stop_button)
+        self.widget = panel(fields, buttons, self._message, self._picture, self._table)
 
     def _make_controls(self, config: TrainConfig) -> None:
-        style = {"description_width": "5em"}
-        wide = {"style": style, "layout": {"width": "26em"}}
-        narrow = {"layout": {"width": "13em"}}
-        number = {"style": style, **narrow}
         named = "minilm (packaged), a model folder, or a hub name"
-        self.encoder = widgets.Text(
-            str(config.encoder), description="encoder", tooltip=named, **wide
-        )
+        look = labelled("encoder", "5em", "26em")
+        self.encoder = widgets.Text(str(config.encoder), tooltip=named, **look)
         named = "wiki-mini (packaged), a text file with one sentence a line, or DATASET:COLUMN"
-        self.corpus = widgets.Text(str(config.corpus), description="corpus", tooltip=named, **wide)
+        look = labelled("corpus", "5em", "26em")
+        self.corpus = widgets.Text(str(config.corpus), tooltip=named, **look)
         text = {"accept": ".txt,text/plain", "tooltip": "UTF-8, one sentence a line"}
+        narrow = {"layout": {"width": "13em"}}
         self.upload = widgets.FileUpload(description="upload a text file", **text, **narrow)
-        self.seed = widgets.BoundedIntText(
-            config.seed, min=0, max=2**32 - 1, description="seed", **number
-        )
-        self.steps = widgets.BoundedIntText(
-            config.steps, min=1, max=10**6, description="steps", **number
-        )
-        primary = {"button_style": "primary", **narrow}
-        self.train_button = widgets.Button(description="train this", **primary)
+        seeds = {"min": 0, "max": 2**32 - 1, **labelled("seed", "5em", "13em")}
+        self.seed = widgets.BoundedIntText(config.seed, **seeds)
+        steps = {"min": 1, "max": 10**6, **labelled("steps", "5em", "13em")}
+        self.steps = widgets.BoundedIntText(config.steps, **steps)
+        train = {"description": "train this", "button_style": "primary"}
+        self.train_button = widgets.Button(**train, **narrow)
         self.stop_button = widgets.Button(description="stop", disabled=True, **narrow)
         self.upload.observe(lambda change: self._receive(change["new"]), names="value")
         self.train_button.on_click(lambda _: self.start())
@@ -269,9 +258,9 @@ def _read(config: TrainConfig, folder: RunFolder) -> Progress:
 def _complaint(output: bytes, code: int) -> str:
     """What a process that failed says to its user, else how it ended."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
-    said = [line.removeprefix("fcse: ") for line in lines if line.startswith("fcse: ")]
+    said = [line for line in lines if line.startswith("fcse: ")]
     if said:
-        return said[-1]
+        return said[-1].removeprefix("fcse: ")
     last = next((line for line in reversed(lines) if line), "nothing")
     return f"Training ended with exit code {code}; its last words: {last}"
 
@@ -281,12 +270,9 @@ def _steps(count: int) -> str:
 
 
 def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> tuple[bytes, str]:
-    """Loss and Lee score over the steps; the live run wide, finished runs narrow and numbered.
+    """Loss and Lee score over the steps as PNG, and in words; the live run wide, others numbered.
 
     Any thread may call it: it uses neither pyplot nor mathtext, which hold state of the process.
-
-    Returns:
-        The picture as PNG, and what it shows in words.
     """
     figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -297,8 +283,8 @@ def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> t
     for label, run, width in runs:
         style = {"color": plots.style(run.config.name).colour, "lw": width, "label": label}
         losses.plot(range(1, len(run.losses) + 1), run.losses, **style)
-        steps, lee = _column(run, "step"), _column(run, "lee")
-        scores.plot(steps, lee, marker="o", **style)
+        steps = [scored["step"] for scored in run.evaluations]
+        scores.plot(steps, [scored["lee"] for scored in run.evaluations], marker="o", **style)
     losses.set(xlabel="step", ylabel="loss [nats]")
     values = [value for _, run, _ in runs for value in run.losses]
     if values and max(values) > 10 * min(values) > 0:
@@ -320,10 +306,6 @@ def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> t
     return encode(canvas), "Loss and Lee score over the steps. " + " ".join(said)
 
 
-def _column(run: Progress, name: str) -> list[float]:
-    return [line[name] for line in run.evaluations]
-
-
 def _in_words(run: Progress) -> str:
     loss = f", loss {run.losses[-1]:.4f}" if run.losses else ""
     lee = f", Lee {run.evaluations[-1]['lee']:.1f}" if run.evaluations else ""
@@ -334,24 +316,16 @@ def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
     """Finished runs side by side.
 
     Returns:
-        One row a run: "run" (its number), "loss" (its name),
-        "encoder", "corpus", "seed", "steps", "Lee before", "Lee after" (100 x Spearman).
+        One row a run: "run" (its number), "loss" (its name), "encoder", "corpus", "seed", "steps",
+        "Lee before", "Lee after" (100 x Spearman).
     """
-    return pd.DataFrame(
-        [
-            {
-                "run": number,
-                "loss": run.config.name,
-                "encoder": Path(run.config.encoder).name,
-                "corpus": Path(run.config.corpus).name,
-                "seed": run.config.seed,
-                "steps": run.config.steps,
-                "Lee before": run.evaluations[0]["lee"],
-                "Lee after": run.evaluations[-1]["lee"],
-            }
-            for number, run in enumerate(runs, start=1)
-        ]
-    )
+    rows = []
+    for number, run in enumerate(runs, start=1):
+        config, before, after = run.config, run.evaluations[0], run.evaluations[-1]
+        names = config.name, Path(config.encoder).name, Path(config.corpus).name
+        rows.append((number, *names, config.seed, config.steps, before["lee"], after["lee"]))
+    columns = ["run", "loss", "encoder", "corpus", "seed", "steps", "Lee before", "Lee after"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _comparison_html(runs: Sequence[Progress]) -> str:
