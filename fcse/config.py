@@ -282,8 +282,8 @@ def typed(said: str, kind: type, name: str, value: Any) -> Any:
 
 
 def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
-    if said in _OLD:
-        return f"write {_OLD[said][0]}.{said}"
+    if said in OLD:
+        return f"write {OLD[said][0]}.{said}"
     if said in methods.names():
         return f"write {said}.{fields(methods.method(said))[0].name}"
     known = [*hints]
@@ -293,9 +293,7 @@ def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
-# Setting of a method, as it was called before methods had settings of their own -> the method, what
-# its name stood for, and what is off.
-_OLD: dict[str, tuple[str, Any, Any]] = {
+OLD: dict[str, tuple[str, Any, Any]] = {
     "layers": ("sscl", 1, 0),
     "neighbours": ("cards", 8, 0),
     "case_switch": ("cards", 0.0, 0.0),
@@ -309,6 +307,8 @@ _OLD: dict[str, tuple[str, Any, Any]] = {
     "focal_weight": ("core_tuning", True, False),
     "mixing": ("core_tuning", True, False),
 }
+"""Setting of a method, as it was called before methods had settings of their own -> the method,
+what its name stood for, and what is off."""
 
 
 def recorded(record: Mapping[str, Any]) -> TrainConfig:
@@ -318,10 +318,10 @@ def recorded(record: Mapping[str, Any]) -> TrainConfig:
     is none.
     """
     record = dict(record)
-    if _OLD.keys() & record.keys():
+    if OLD.keys() & record.keys():
         objective = record["objective"]
         record["objective"] = objective if objective in OBJECTIVES else "info_nce"
-        for old, (method, stood_for, off) in _OLD.items():
+        for old, (method, stood_for, off) in OLD.items():
             value = record.pop(old, None)
             usual = stood_for if objective == method else off
             record[f"{method}.{old}"] = usual if value is None else value
