@@ -88,8 +88,9 @@ class NegativeExplorer:
         """
         sim = self.similarities(self.run.value, self.step.value)
         found = analysis.likely_false_negatives(sim, self._batch["article"])
-        sentences = self._batch["sentence"]
-        found = found.join(self._batch, on="i").join(sentences, on="j", lsuffix="_i", rsuffix="_j")
+        first = self._batch.rename(columns={"sentence": "sentence_i"})
+        second = self._batch["sentence"].rename("sentence_j")
+        found = found.join(first, on="i").join(second, on="j")
         return found[["similarity", "article", "i", "sentence_i", "j", "sentence_j"]]
 
     def redraw(self) -> None:
