@@ -53,8 +53,8 @@ def readout_similarities(encoder: SentenceEncoder, sentences: Sequence[str]) -> 
 def curve(objective: Any, columns: Columns = PLAIN, points: int = 201) -> pd.DataFrame:
     """Logit and slope of a number of similarities s in [-1, 1], as a negative and as a positive.
 
-    Returns:
-        Columns "similarity", "logit", "slope" (of a negative), "positive_logit", "positive_slope".
+    Returns: Columns "similarity", "logit", "slope" (of a negative), "positive_logit",
+    "positive_slope".
     """
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
     logit, slope = _of_each(s, objective, columns)
@@ -118,10 +118,9 @@ def candidates(
 ) -> pd.DataFrame:
     """The softmax of one row: how likely each candidate counts as the anchor's other view.
 
-    Returns:
-        N rows, most similar first: "candidate" (the column of `sim`), "sentence", "similarity",
-        "plain" (its probability under InfoNCE at the same temperature), "chosen" (under the
-        objective). Each probability sums to 1.
+    Returns: N rows, most similar first: "candidate" (the column of `sim`), "sentence",
+    "similarity", "plain" (its probability under InfoNCE at the same temperature), "chosen" (under
+    the objective). Each probability sums to 1.
     """
     return _hardest_first(
         {
@@ -167,9 +166,8 @@ def hardest_share(sim: Tensor, objective: Any, columns: Columns = PLAIN) -> floa
 def pull_by_decile(sim: Tensor, objectives: Sequence[Any] = COMPARED) -> pd.DataFrame:
     """How the pull on negatives spreads over deciles of similarity, for several losses.
 
-    Returns:
-        Columns "name" (of the loss), "decile" (1 to 10, 10 = most similar), "similarity" (mean in
-        the decile), "share" (of the absolute pull on all negatives, 0 to 1).
+    Returns: Columns "name" (of the loss), "decile" (1 to 10, 10 = most similar), "similarity" (mean
+    in the decile), "share" (of the absolute pull on all negatives, 0 to 1).
     """
     s = _negatives(sim)
     deciles = {"decile": range(1, 11), "similarity": [s[tenth].mean() for tenth in tenths(s)]}
@@ -185,9 +183,8 @@ def anchor_negatives(
 ) -> pd.DataFrame:
     """The negatives of one anchor with their pull under each of several objectives.
 
-    Returns:
-        N - 1 rows, most similar first: "negative" (the column of `sim`), "similarity", and a pull
-        under the name of each objective.
+    Returns: N - 1 rows, most similar first: "negative" (the column of `sim`), "similarity", and a
+    pull under the name of each objective.
     """
     row = {"negative": range(len(sim)), "similarity": sim[anchor].numpy()}
     for objective in objectives:
@@ -205,9 +202,8 @@ def likely_false_negatives(
         sim, labels: of N sentences; a label is such as the article that one comes from.
         quantile: 0 to 1; a pair is alike if its similarity reaches this quantile of all pairs.
 
-    Returns:
-        One row a pair, most similar first: "i" < "j" (rows of `sim`), "similarity" (the mean of
-        s_ij and s_ji, which differ by dropout).
+    Returns: One row a pair, most similar first: "i" < "j" (rows of `sim`), "similarity" (the mean
+    of s_ij and s_ji, which differ by dropout).
     """
     i, j = np.triu_indices(len(sim), k=1)
     similarity = ((sim + sim.T) / 2).numpy()[i, j]
@@ -229,15 +225,13 @@ def effects(
 ) -> dict[str, float]:
     """How a loss acts on a batch with N labels, such as the article of each sentence, in numbers.
 
-    Returns:
-        effective_temperature: one over the slope of the logits, which is 1 / tau for InfoNCE and
-        (2 s + m) / tau for modulated negatives, averaged over the negatives by their softmax
-        weight. hardest: the share of the absolute pull on negatives that the hardest tenth gets;
-        hardest_plain: the same under InfoNCE at that temperature. below: the share of negatives
-        below their resting point, where the slope is below 0; towards: the share of the absolute
-        pull that draws negatives closer. same_article: the share of the hardest tenth that is of
-        its anchor's own label; same_article_pull: the share of the absolute pull on negatives that
-        these take.
+    Returns: effective_temperature: one over the slope of the logits, which is 1 / tau for InfoNCE
+    and (2 s + m) / tau for modulated negatives, averaged over the negatives by their softmax
+    weight. hardest: the share of the absolute pull on negatives that the hardest tenth gets;
+    hardest_plain: the same under InfoNCE at that temperature. below: the share of negatives below
+    their resting point, where the slope is below 0; towards: the share of the absolute pull that
+    draws negatives closer. same_article: the share of the hardest tenth that is of its anchor's own
+    label; same_article_pull: the share of the absolute pull on negatives that these take.
     """
     s, pull = negative_pulls(sim, objective, columns)
     logit, slope = _logits_and_slopes(sim, objective, columns)
@@ -272,9 +266,8 @@ def below_resting_point(
 ) -> pd.DataFrame:
     """How many negatives lie below s = -m/2, and how much of the pull draws them to the anchor.
 
-    Returns:
-        One row a value of m: "m", "resting_point", "below" (share of the negatives, 0 to 1),
-        "pull_towards" (share of the absolute pull on negatives that raises their similarity).
+    Returns: One row a value of m: "m", "resting_point", "below" (share of the negatives, 0 to 1),
+    "pull_towards" (share of the absolute pull on negatives that raises their similarity).
     """
     rows = []
     for m in m_values:
@@ -307,8 +300,8 @@ def aligned_maps(
         n_neighbors: neighbours by cosine that a map keeps together.
         seed: equal seeds give equal maps.
 
-    Returns:
-        Name -> (n, 2) float32. A single model gets its `umap_map`. Memory: 4 n^2 bytes a model.
+    Returns: Name -> (n, 2) float32. A single model gets its `umap_map`. Memory: 4 n^2 bytes a
+    model.
     """
     if len(embeddings) == 1:
         return {name: umap_map(x, n_neighbors, seed) for name, x in embeddings.items()}

@@ -31,8 +31,7 @@ PARAMETERS = {f.name: kind for kind in OBJECTIVES.values() for f in fields(kind)
 class TrainConfig:
     """Everything that decides a run; two runs with equal fields and versions are the same run.
 
-    Raises:
-        InputError: a field is out of its range, or two do not go together.
+    InputError: a field is out of its range, or two do not go together.
     """
 
     recipe: str | None = None
@@ -208,9 +207,8 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
         config: what is not named stays as it is here.
         given: flat name -> value; a method's settings may also be a mapping under its key.
 
-    Raises:
-        InputError: an unknown name, a value of the wrong type or out of range, or a parameter
-            beside an objective that is a value and has its own.
+    InputError: an unknown name, a value of the wrong type or out of range, or a parameter beside an
+    objective that is a value and has its own.
     """
     flat: dict[str, Any] = {}
     for name, value in given.items():

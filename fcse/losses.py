@@ -215,9 +215,8 @@ def logits(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Ten
         objective: a value or a name.
         columns: what is known of the columns.
 
-    Raises:
-        ValueError: a tensor has another shape.
-        InputError: no such objective, or logits of another shape.
+    ValueError: a tensor has another shape. InputError: no such objective, or logits of another
+    shape.
     """
     return _rows(sim, named(objective), columns).logits
 

@@ -54,13 +54,11 @@ def compare(
     """Paired bootstrap over the pairs of a task, its parts taken together: b's Spearman minus a's.
 
     Each resample draws pairs with replacement and scores both encoders on the same draw, so what
-    makes a pair easy or hard for both cancels. It speaks of these two encoders on other pairs,
-    not of other seeds: for those see `compare_seeds`. Pairs that share a sentence, as all of
-    Lee's do, are not independent: there the interval is too narrow. Percentile interval (Efron &
-    Tibshirani 1993, chapter 13); p is twice the share of resampled differences beyond 0.
-
-    Raises:
-        InputError: fewer than 100 resamples, or a confidence that is not between 0 and 1.
+    makes a pair easy or hard for both cancels. It speaks of these two encoders on other pairs, not
+    of other seeds: for those see `compare_seeds`. Pairs that share a sentence, as all of Lee's do,
+    are not independent: there the interval is too narrow. Percentile interval (Efron & Tibshirani
+    1993, chapter 13); p is twice the share of resampled differences beyond 0. InputError: fewer
+    than 100 resamples, or a confidence that is not between 0 and 1.
     """
     return compare_tasks(a, b, [task], resamples, confidence, seed)[0]
 

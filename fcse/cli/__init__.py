@@ -112,8 +112,7 @@ def _one_line(box: str) -> str:
 def _parse(arguments: Sequence[str]) -> Callable[[], None]:
     """The command with its arguments, not yet run.
 
-    Raises:
-        InputError: what the parser says, in one line.
+    InputError: what the parser says, in one line.
     """
 
     def bound(run: Callable[..., None]) -> Callable[..., Callable[[], None]]:

@@ -104,11 +104,8 @@ def download(filename: str) -> Path:
     """A file of `HUB_DATASET`, from the hub's local cache or downloaded into it.
 
     The client resumes what was cut off, but does not check what it has: that is done here, where a
-    large file's name in the cache is its SHA-256.
-
-    Raises:
-        InputError: the file is neither cached nor to be had, or damaged in the cache: then it is
-            removed, so that the next call fetches it again.
+    large file's name in the cache is its SHA-256. InputError: the file is neither cached nor to be
+    had, or damaged in the cache: then it is removed, so that the next call fetches it again.
     """
     from huggingface_hub import hf_hub_download
 

@@ -85,8 +85,7 @@ def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -
         split: STSBenchmark and SICKRelatedness also have "train" and "dev".
         folder: a SentEval data folder; else `FCSE_SENTEVAL`; else `senteval.tar` from the hub.
 
-    Raises:
-        InputError: unknown task or split, or a file that is missing or malformed.
+    InputError: unknown task or split, or a file that is missing or malformed.
     """
     if task not in STS_TASKS:
         raise InputError(f"unknown task {task!r}: choose from {', '.join(STS_TASKS)}")

@@ -106,8 +106,7 @@ def corpus_reader(name_or_path: str | Path) -> Callable[[], Iterator[str]]:
             "DATASET:COLUMN" for text of a Hugging Face dataset: a hub name (its train split) or a
             folder written by `save_to_disk`.
 
-    Raises:
-        InputError: no such corpus; while reading: not UTF-8, not text, or no sentence at all.
+    InputError: no such corpus; while reading: not UTF-8, not text, or no sentence at all.
     """
     name = str(name_or_path)
     if name == "wiki-mini":

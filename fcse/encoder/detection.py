@@ -38,9 +38,8 @@ class MaskedLM:
     def __init__(self, name_or_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load a model folder or a model of the hub in float32; no code that comes with it is run.
 
-        Raises:
-            InputError: no such model, no language-model head in its weights, a pickle that holds
-                more than tensors, or another vocabulary than that of `tokenizer`, the encoder's.
+        InputError: no such model, no language-model head in its weights, a pickle that holds more
+        than tensors, or another vocabulary than that of `tokenizer`, the encoder's.
         """
         path, name = str(name_or_path), f"masked language model {str(name_or_path)!r}"
         local = is_folder(path) or not hub_reachable()
@@ -111,8 +110,7 @@ def mask(
         special_ids: never masked; the padding's id is among them.
         mask_id: stands in for a masked token.
 
-    Returns:
-        The masked ids, (n, L) int64, and which of them are masked, (n, L) bool.
+    Returns: The masked ids, (n, L) int64, and which of them are masked, (n, L) bool.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie above 0 and at most at 1, got {share}")
@@ -145,9 +143,8 @@ class Detection(nn.Module):
     ) -> None:
         """Copy the backbone of an encoder that is about to be trained; `seed` is the head's.
 
-        Raises:
-            InputError: a tokenizer without a mask token, or a backbone whose input vectors are
-                not as wide as its sentence embeddings.
+        InputError: a tokenizer without a mask token, or a backbone whose input vectors are not as
+        wide as its sentence embeddings.
         """
         super().__init__()
         kind, tokenizer = encoder.backbone.config.model_type, encoder.tokenizer
@@ -182,10 +179,9 @@ class Detection(nn.Module):
             sentence_embedding: (n, D) float, else a `ValueError`; gradients flow into it.
             token_ids: the n sentences it was made of, from `SentenceEncoder.tokenize`.
 
-        Returns:
-            The loss, () float32 (float64 in a float64 module); the logits, (T,) of the same dtype,
-            sentence after sentence, above 0 where replaced is the likelier, a part of the graph;
-            and (T,) bool, which were replaced.
+        Returns: The loss, () float32 (float64 in a float64 module); the logits, (T,) of the same
+        dtype, sentence after sentence, above 0 where replaced is the likelier, a part of the graph;
+        and (T,) bool, which were replaced.
         """
 
         def behind_first(sentences: Sequence[Sequence[int]]) -> Tensor:

@@ -34,12 +34,9 @@ def layers_read(pooling: Pooling, layers: int) -> tuple[int, int]:
 def read_layout(name_or_path: str, local_files_only: bool) -> tuple[str, str | None]:
     """What a model folder or hub name says of itself, by modules.json and the folders named there.
 
-    Returns:
-        The folder in it that holds backbone and tokenizer ("" for the top), and the pooling that it
-        declares: one of `Pooling`, the name of what we do not read, or None.
-
-    Raises:
-        InputError: one of these files is no valid JSON or lacks what it should hold.
+    Returns: The folder in it that holds backbone and tokenizer ("" for the top), and the pooling
+    that it declares: one of `Pooling`, the name of what we do not read, or None. InputError: one of
+    these files is no valid JSON or lacks what it should hold.
     """
 
     def find(filename: str) -> Path | None:

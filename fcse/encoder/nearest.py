@@ -36,9 +36,8 @@ def nearest(
         device: where to compute, and where embeddings, ids and tile take their room.
         tile: sentences along either side of a tile.
 
-    Raises:
-        InputError: k is below 1 or above what each sentence has, or an embedding is not finite.
-        ValueError: another shape, or a tile below 1.
+    InputError: k is below 1 or above what each sentence has, or an embedding is not finite.
+    ValueError: another shape, or a tile below 1.
     """
     if tile < 1:
         raise ValueError(f"tile must be at least 1, got {tile}")

@@ -71,9 +71,8 @@ class SentenceEncoder(nn.Module):
                 nothing; for "minilm" the untuned "cls", whatever it was published with.
             seed: of the head, where the folder brings none.
 
-        Raises:
-            InputError: unknown pooling, no such model, no weights in the folder, or altered
-                packaged weights.
+        InputError: unknown pooling, no such model, no weights in the folder, or altered packaged
+        weights.
         """
         path, name = str(name_or_path), repr(str(name_or_path))
         if name_or_path == "minilm":
@@ -136,9 +135,8 @@ class SentenceEncoder(nn.Module):
             layers: how many layers below the last are pooled too, each by itself: its first token
                 for cls, else its mean over tokens.
 
-        Returns:
-            (n, D) float, in the backbone's dtype; with layers (n, 1 + layers, D), from the last
-            layer down.
+        Returns: (n, D) float, in the backbone's dtype; with layers (n, 1 + layers, D), from the
+        last layer down.
         """
         cls, mask = self.pooling == "cls", features["attention_mask"].unsqueeze(-1)
 
@@ -172,9 +170,8 @@ class SentenceEncoder(nn.Module):
             second: N sentences, where the second view is to be of other tokens.
             layers: how many layers below the last come along, see `pool`.
 
-        Returns:
-            u, v, (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both views'
-            vectors of those layers, after the same head.
+        Returns: u, v, (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both
+        views' vectors of those layers, after the same head.
         """
         if second is None:
             views = self._views(token_ids, 2, layers)
@@ -208,11 +205,9 @@ class SentenceEncoder(nn.Module):
         """Embed n sentences without dropout and without the head: (n, D) float32.
 
         Batches are formed by length, so that little is padded; rows come back in input order, with
-        `normalize` at unit length. What is longer than the backbone's own limit is cut.
-
-        Raises:
-            InputError: `sentences` is a single string or holds something else than strings, or
-                `batch_size` is below 1.
+        `normalize` at unit length. What is longer than the backbone's own limit is cut. InputError:
+        `sentences` is a single string or holds something else than strings, or `batch_size` is
+        below 1.
         """
         if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
             raise InputError("sentences must be a sequence of strings")

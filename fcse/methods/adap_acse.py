@@ -101,9 +101,8 @@ def turn(margin: float, teacher: "Callable[[int, int], Tensor] | Tensor | None" 
         teacher: the teacher's similarities in [-1, 1], taken as constants: (N, M) float, or a
             function of a block's first row and size; None: the teacher finds no pair alike.
 
-    Returns:
-        A turn for `losses.Columns`; it raises ValueError where the teacher's similarities have
-        another shape.
+    Returns: A turn for `losses.Columns`; it raises ValueError where the teacher's similarities have
+    another shape.
     """
     require("margin", margin, below=math.pi / 2)
 

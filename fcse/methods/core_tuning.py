@@ -156,12 +156,8 @@ def mixed_pairs(
         sentence_ids: (M,) or (G, M) int64, as in `losses.Columns`: a false negative is never the
             hardest. An anchor without any true negative keeps v_i.
 
-    Returns:
-        Unit vectors, (N, D) float32 (float64 for float64 inputs): the positives, and the negatives
-        or None.
-
-    Raises:
-        ValueError: a tensor has another shape, or a negative weight has no columns.
+    Returns: Unit vectors, (N, D) float32 (float64 for float64 inputs): the positives, and the
+    negatives or None. ValueError: a tensor has another shape, or a negative weight has no columns.
     """
     import torch
 

@@ -122,12 +122,9 @@ def pseudo_labels(
         share: 0 to 1, of the labels to keep; nothing is clustered where it keeps none.
         seed: of the clustering, 0 to 2**32 - 1.
 
-    Returns:
-        (n,) int64, 0 to clusters - 1, or -1 for no cluster. floor(share * n) labels are kept.
-
-    Raises:
-        InputError: clusters or share is out of its range, or an embedding is not finite.
-        ValueError: another shape.
+    Returns: (n,) int64, 0 to clusters - 1, or -1 for no cluster. floor(share * n) labels are kept.
+    InputError: clusters or share is out of its range, or an embedding is not finite. ValueError:
+    another shape.
     """
     import torch
     from sklearn.cluster import MiniBatchKMeans  # takes a second

@@ -24,7 +24,7 @@ def scores(table: pd.DataFrame) -> Picture:
         for x, (name, y) in enumerate(scored):
             axis.plot(x, y, ls="", markersize=10, **point(name))
             axis.annotate(f"{y:.1f}", (x, y), (0, 9), textcoords="offset points", ha="center")
-        axis.set_xticks(range(len(rows)), list(rows["encoder"]), rotation=20, ha="right")
+        axis.set_xticks(range(len(rows)), list(rows["encoder"]), rotation=30, ha="right")
         axis.set(title=task, ylabel="Spearman × 100")
         axis.margins(x=0.25, y=0.25)
         figure.alt += f" {task}: {', '.join(f'{name} {y:.1f}' for name, y in scored)}."

@@ -167,8 +167,7 @@ def save(figure: Picture, table: pd.DataFrame, path: Path) -> None:
         figure, table: what to write.
         path: folder and name without suffix.
 
-    Raises:
-        InputError: they cannot be written.
+    InputError: they cannot be written.
     """
     make_folder(path.parent)
     with writing(f"figure {path}"):

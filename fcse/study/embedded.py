@@ -35,11 +35,8 @@ def pick_runs(source: str | Path = SHORT) -> dict[str, TrainResult]:
             done; a run folder; or the name or folder of an encoder, which stands for a run of no
             steps.
 
-    Returns:
-        Name of the loss ("chosen encoder" for one without training) -> run.
-
-    Raises:
-        InputError: as in `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`.
+    Returns: Name of the loss ("chosen encoder" for one without training) -> run. InputError: as in
+    `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`.
     """
     if source in RECIPES:
         return train_objectives(recipe(str(source)))
@@ -69,9 +66,8 @@ def with_untrained(runs: Mapping[str, TrainResult]) -> dict[str, SentenceEncoder
 def histories(runs: Mapping[str, TrainResult]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each run wrote down as it went.
 
-    Returns:
-        The losses, columns "name", "step", "loss"; and the scorings, columns "name", "step", "lee"
-        (100 x Spearman) and what else was scored.
+    Returns: The losses, columns "name", "step", "loss"; and the scorings, columns "name", "step",
+    "lee" (100 x Spearman) and what else was scored.
     """
     losses = [
         (name, step, loss)
@@ -110,12 +106,9 @@ def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame
         config: of both runs but for the objective.
         folder: where figures go, PNG, SVG and CSV; by default study/ beside the runs.
 
-    Returns:
-        One row a score: columns "encoder" (untrained, or the name of a loss), "task", "score" (100
-        x Spearman), "alignment", "uniformity"; and the folder of the figures.
-
-    Raises:
-        InputError: as in `training.train`.
+    Returns: One row a score: columns "encoder" (untrained, or the name of a loss), "task", "score"
+    (100 x Spearman), "alignment", "uniformity"; and the folder of the figures. InputError: as in
+    `training.train`.
     """
     folder = folder or data.runs_folder() / "study"
     plots.make_folder(folder)

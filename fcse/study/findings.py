@@ -40,8 +40,7 @@ CONTRASTS = {
 def read_study(*paths: Path) -> pd.DataFrame:
     """Rows of grids' CSV files, with "avg", the mean of the STS tasks, where all seven are there.
 
-    Raises:
-        InputError: a file is not there, or is no such table.
+    InputError: a file is not there, or is no such table.
     """
     return pd.concat(map(_read_grid, paths), ignore_index=True)
 
@@ -86,8 +85,7 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.DataFrame:
     """The setting of each loss whose mean over seeds is highest, by default on the dev split.
 
-    Returns:
-        One row a loss: "name", the settings that were searched, `by` (the mean) and "seeds".
+    Returns: One row a loss: "name", the settings that were searched, `by` (the mean) and "seeds".
     """
     found = means(table, settings, by).rename(columns={"score": by})
     best = found.loc[found.groupby("name", sort=False)[by].idxmax()]
@@ -106,14 +104,11 @@ def contrasts(
         scores: columns of scores; the comparisons of one score on one corpus are a family.
         compared: (baseline, loss) each, by name; else `pairs` of the losses in the table.
 
-    Returns:
-        One row a score, corpus and pair: "score", "corpus", "baseline", "name", "seeds", "mean" (of
-        the loss of that name), "difference" (to the baseline, points of 100 x Spearman), "low",
-        "high" (95 % interval of one comparison), "effect" (the difference in standard deviations of
-        the paired differences, Cohen's d_z), "p" (paired t test) and "p_holm".
-
-    Raises:
-        InputError: a loss without two seeds in common with its baseline.
+    Returns: One row a score, corpus and pair: "score", "corpus", "baseline", "name", "seeds",
+    "mean" (of the loss of that name), "difference" (to the baseline, points of 100 x Spearman),
+    "low", "high" (95 % interval of one comparison), "effect" (the difference in standard deviations
+    of the paired differences, Cohen's d_z), "p" (paired t test) and "p_holm". InputError: a loss
+    without two seeds in common with its baseline.
     """
     compared = pairs(table["name"]) if compared is None else compared
     rows = []
@@ -132,13 +127,9 @@ def contrasts(
 def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
     """Whether methods and the modulation add up: what each gains with it, less what without.
 
-    Returns:
-        One row a score and method that ran both ways: "score", "method" and the numbers of
-        `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain with the
-        modulation. The methods on one score are a family.
-
-    Raises:
-        InputError: as in `contrasts`.
+    Returns: One row a score and method that ran both ways: "score", "method" and the numbers of
+    `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain with the modulation.
+    The methods on one score are a family. InputError: as in `contrasts`.
     """
     plain, focal = name_of(InfoNCE()), name_of(FocalInfoNCE())
     rows = []
@@ -183,9 +174,8 @@ def without_and_with(gains: pd.DataFrame) -> pd.DataFrame:
     Args:
         gains: `contrasts` of a study of methods, on one corpus.
 
-    Returns:
-        One row a method (or the modulation itself), columns (score, baseline) of texts as of
-        `written`; "" where it did not run that way.
+    Returns: One row a method (or the modulation itself), columns (score, baseline) of texts as of
+    `written`; "" where it did not run that way.
     """
     pairs = zip(gains["baseline"], gains["name"], strict=True)
     methods = [loss.removeprefix(f"{baseline} + ") for baseline, loss in pairs]
@@ -218,8 +208,7 @@ def verdicts(hypotheses: Mapping[str, pd.Series]) -> pd.DataFrame:
     Args:
         hypotheses: what is claimed -> bool, indexed by where: a corpus, a step, a setting.
 
-    Returns:
-        One row each: "hypothesis", "verdict" (kept or dropped), "holds_at" (as text).
+    Returns: One row each: "hypothesis", "verdict" (kept or dropped), "holds_at" (as text).
     """
     rows = [
         (said, "kept" if len(x) and x.all() else "dropped", ", ".join(map(str, x.index[x])) or "-")
@@ -239,9 +228,8 @@ def means(
         score: a column of scores.
         by: "name" of the loss; or "objective", where the settings are of the objective itself.
 
-    Returns:
-        Columns `by`, the settings (NaN where a loss does not have one), "score", "low", "high"
-        (the lowest and the highest seed), "seeds".
+    Returns: Columns `by`, the settings (NaN where a loss does not have one), "score", "low", "high"
+    (the lowest and the highest seed), "seeds".
     """
     grouped = table.groupby([by, *settings], dropna=False)[score]
     found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
@@ -269,12 +257,9 @@ def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -
         run: its checkpoints make the path finer.
         batches: from `random_batches`.
 
-    Returns:
-        One row a state, each number a mean over batches: "name" of the loss, "seed", "step", and
-        the columns of `analysis.effects`.
-
-    Raises:
-        InputError: the run has a method that acts on more than the similarities of a batch.
+    Returns: One row a state, each number a mean over batches: "name" of the loss, "seed", "step",
+    and the columns of `analysis.effects`. InputError: the run has a method that acts on more than
+    the similarities of a batch.
     """
     config = run.config
     rows = []
@@ -298,8 +283,7 @@ def take_over(folder: Path, runs: Path) -> None:
             along training, `along_training` measures them; study/scores.csv is taken too, where
             STS-B was at hand.
 
-    Raises:
-        InputError: nothing of that is there, or a table cannot be written.
+    InputError: nothing of that is there, or a table cannot be written.
     """
     names = [path.stem for path in sorted(folder.glob("*.toml"))]
     known = [name for name in names if is_file(runs / name / "results.csv")]
@@ -328,13 +312,9 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
         folder: holds scores.csv, surface.csv, batch_size.csv, along_training.csv and the tables of
             `RATES` and `CONTRASTS`; what is not there is left out. The published scores need none.
 
-    Returns:
-        Name -> table: "chosen", "learning_rate", "batch_size", "surface", "along_training",
-        "scores" and the names of `CONTRASTS`.
-
-    Raises:
-        InputError: none of them is there, a table that is none of a study, or a figure that cannot
-            be written.
+    Returns: Name -> table: "chosen", "learning_rate", "batch_size", "surface", "along_training",
+    "scores" and the names of `CONTRASTS`. InputError: none of them is there, a table that is none
+    of a study, or a figure that cannot be written.
     """
     found: dict[str, pd.DataFrame] = {}
     if paths := _tables(folder, RATES):

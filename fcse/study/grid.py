@@ -43,8 +43,7 @@ class Grid:
     def to_run(self) -> list[TrainConfig]:
         """The runs that are not yet trained and scored on every task, with these versions.
 
-        Raises:
-            InputError: a folder that is a file, or a record in it that cannot be read.
+        InputError: a folder that is a file, or a record in it that cannot be read.
         """
         if is_file(self.folder):
             raise InputError(f"output {self.folder} is a file: name a folder")
@@ -58,11 +57,8 @@ def read_grid(path: Path, folder: Path) -> Grid:
     Settings at the top, by their flat names, are common to all runs; each [[runs]] table adds its
     own. Where a value is a list, each of its values is taken with each of the others'. `recipe`
     gives what is not named (minilm-wiki), `seeds` is a list or a count (1), `tasks` a list of names
-    from `TASKS` (Lee). Runs that come to the same are one.
-
-    Raises:
-        InputError: no such file, bad TOML, an unknown key, a value of the wrong type or out of
-            range, or no run at all.
+    from `TASKS` (Lee). Runs that come to the same are one. InputError: no such file, bad TOML, an
+    unknown key, a value of the wrong type or out of range, or no run at all.
     """
     try:
         with path.open("rb") as file:
@@ -156,8 +152,7 @@ def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfi
 def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]] | None:
     """Record and scores of a run that is trained and scored, else None.
 
-    Raises:
-        InputError: files that are no record of a run.
+    InputError: files that are no record of a run.
     """
     try:
         record = json.loads((folder / "run.json").read_text())
@@ -173,15 +168,11 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]
 def results(folder: Path) -> pd.DataFrame:
     """Every run of a study's folder that is trained and scored, whatever grid asked for it.
 
-    Returns:
-        One row a run: "run" (its folder's name), "hash" (8 hexadecimal digits over settings, local
-        files and versions), "name" (of the loss, see `TrainConfig.name`), every setting by its flat
-        name, empty where a run has none of that name, "device", "precision", "wall_time_s"
-        (training in s), "kept_step", the versions by package, and for each task its score (100 x
-        Spearman), TASK_alignment and TASK_uniformity.
-
-    Raises:
-        InputError: a record that cannot be read.
+    Returns: One row a run: "run" (its folder's name), "hash" (8 hexadecimal digits over settings,
+    local files and versions), "name" (of the loss, see `TrainConfig.name`), every setting by its
+    flat name, empty where a run has none of that name, "device", "precision", "wall_time_s"
+    (training in s), "kept_step", the versions by package, and for each task its score (100 x
+    Spearman), TASK_alignment and TASK_uniformity. InputError: a record that cannot be read.
     """
     rows = []
     for path in sorted(folder.glob("runs/*/run.json")):
@@ -207,9 +198,8 @@ def results(folder: Path) -> pd.DataFrame:
 def plan(runs: Sequence[TrainConfig]) -> pd.DataFrame:
     """What a grid's runs differ in.
 
-    Returns:
-        One row a setting: "name" of the loss, the other settings that vary among the runs, as text,
-        and "seeds".
+    Returns: One row a setting: "name" of the loss, the other settings that vary among the runs, as
+    text, and "seeds".
     """
     table = pd.DataFrame([{"name": run.name, **run.settings} for run in runs], dtype=object)
     table = table.where(table.notna(), "").astype(str)

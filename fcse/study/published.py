@@ -42,11 +42,10 @@ def results() -> list[dict[str, str | float]]:
 def gains() -> pd.DataFrame:
     """Each backbone's published scores beside 50 seeds of SimCSE.
 
-    Returns:
-        Columns "backbone", "simcse", "focal_infonce" (published), "gain" (their difference),
-        "mean", "sd", "min", "max" (of the 50 seeds), "simcse_z", "focal_infonce_z": by how many
-        standard deviations of seed noise a published score lies above the 50-seed mean, and
-        "gain_z": how many of them the published gain spans.
+    Returns: Columns "backbone", "simcse", "focal_infonce" (published), "gain" (their difference),
+    "mean", "sd", "min", "max" (of the 50 seeds), "simcse_z", "focal_infonce_z": by how many
+    standard deviations of seed noise a published score lies above the 50-seed mean, and "gain_z":
+    how many of them the published gain spans.
     """
     table = pd.DataFrame({"simcse": SIMCSE, "focal_infonce": FOCAL_INFONCE})
     table["gain"] = table["focal_infonce"] - table["simcse"]

@@ -28,13 +28,10 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
         folder: where runs lie side by side; FCSE_RUNS of the training.
         recipe: keep the runs that started from this one only.
 
-    Returns:
-        One row a run: "folder" (Path), "name" (of the loss, see `TrainConfig.name`; where one name
-        stands for several classes, with a digest of what each does), "encoder", "seed", "settings"
-        (every other setting that is not the same in all of them, "" where all are).
-
-    Raises:
-        InputError: no such folder, no finished run in it, or a run.json that cannot be read.
+    Returns: One row a run: "folder" (Path), "name" (of the loss, see `TrainConfig.name`; where one
+    name stands for several classes, with a digest of what each does), "encoder", "seed", "settings"
+    (every other setting that is not the same in all of them, "" where all are). InputError: no such
+    folder, no finished run in it, or a run.json that cannot be read.
     """
     configs, folder = {}, Path(folder)
     if not folder.is_dir():
@@ -77,9 +74,8 @@ def _told_apart(configs: Sequence[TrainConfig]) -> list[str]:
 def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFrame:
     """The runs of `load_runs` on every task; what was scored once is read from its scores.json.
 
-    Returns:
-        One row a score: the columns of `runs`, "task", "score" (100 x Spearman), "alignment",
-        "uniformity"; and where all seven STS tasks are among them, their mean as task "avg".
+    Returns: One row a score: the columns of `runs`, "task", "score" (100 x Spearman), "alignment",
+    "uniformity"; and where all seven STS tasks are among them, their mean as task "avg".
     """
     rows: list[dict[str, Any]] = []
     for run in runs.to_dict("records"):
@@ -101,8 +97,7 @@ def judged(
         tasks: told apart by their names.
         path: a JSON file, made or extended.
 
-    Raises:
-        InputError: `path` is no valid JSON or cannot be written.
+    InputError: `path` is no valid JSON or cannot be written.
     """
     try:
         known = json.loads(path.read_text()) if path.is_file() else {}
@@ -130,10 +125,9 @@ def over_seeds(scores: pd.DataFrame, baseline: str = "InfoNCE") -> pd.DataFrame:
         scores: from `score_runs`.
         baseline: the name of a loss.
 
-    Returns:
-        One row per settings, task and loss: "seeds", "mean", "sd", "low", "high" (NaN for a
-        single seed), and "gain": a `Comparison`, None for the baseline itself and where fewer than
-        two seeds are common.
+    Returns: One row per settings, task and loss: "seeds", "mean", "sd", "low", "high" (NaN for a
+    single seed), and "gain": a `Comparison`, None for the baseline itself and where fewer than two
+    seeds are common.
     """
     rows = []
     for (settings, task), group in scores.groupby(["settings", "task"], sort=False):
@@ -156,10 +150,9 @@ def over_seeds(scores: pd.DataFrame, baseline: str = "InfoNCE") -> pd.DataFrame:
 def beside_published(scores: pd.DataFrame | None = None) -> pd.DataFrame:
     """The published averages, and the "avg" rows of `score_runs`, against the noise of 50 seeds.
 
-    Returns:
-        One row a result: "backbone", "name", "source" (published, or a run's folder name),
-        "avg", and "z": by how many standard deviations of the 50 SimCSE seeds of that backbone it
-        lies above their mean, NaN for a backbone without them.
+    Returns: One row a result: "backbone", "name", "source" (published, or a run's folder name),
+    "avg", and "z": by how many standard deviations of the 50 SimCSE seeds of that backbone it lies
+    above their mean, NaN for a backbone without them.
     """
     rows = published.results()
     if scores is not None:

@@ -32,8 +32,7 @@ from fcse.training import apart, run_folder, train
 def load_tasks(names: Sequence[str]) -> list[SentencePairs]:
     """The judged pairs of each task, under the name from `TASKS`.
 
-    Raises:
-        InputError: as in `data.load_sts`.
+    InputError: as in `data.load_sts`.
     """
     tasks = []
     for name in names:
@@ -47,10 +46,7 @@ def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None
     """Train a run and score it; what of it is there already is reused.
 
     The scores on `tasks`, names from `TASKS`, are kept in the folder's scores.json; the weights are
-    removed then, unless `keep_model`.
-
-    Raises:
-        InputError: as in `training.train`, `load_tasks`.
+    removed then, unless `keep_model`. InputError: as in `training.train`, `load_tasks`.
     """
     pairs = load_tasks(tasks)
     folder = run_folder(config)
@@ -74,12 +70,9 @@ def run_grid(grid: Grid, workers: int | None = None, keep_models: bool = False) 
         workers: runs at a time, >= 1, over the GPUs in turn; by default one a GPU, else one.
         keep_models: keep the weights of the runs made now.
 
-    Returns:
-        `results` of the grid's folder.
-
-    Raises:
-        InputError: data of a task that is missing, a folder that another study works in or that
-            cannot be written, or, after all others are done, runs that failed.
+    Returns: `results` of the grid's folder. InputError: data of a task that is missing, a folder
+    that another study works in or that cannot be written, or, after all others are done, runs that
+    failed.
     """
     if processes.world().num_processes > 1:
         raise InputError("a study starts its own processes: call it without accelerate launch")
@@ -179,8 +172,7 @@ def _gpus() -> list[str]:
 def check_workers(workers: int | None) -> int:
     """How many runs go on at a time: as asked, else one a GPU, else one.
 
-    Raises:
-        InputError: fewer than one was asked for.
+    InputError: fewer than one was asked for.
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
@@ -199,12 +191,8 @@ def estimate(grid: Grid, runs: Sequence[TrainConfig]) -> tuple[float, str]:
 
     By each encoder: the time of the finished runs in the grid's folder on a device of the same
     kind, scaled by steps x batch size; without one, two steps of the first run are timed here.
-
-    Returns:
-        Seconds, one run after another; and in words where they come from.
-
-    Raises:
-        InputError: as in `training.train`, `results`.
+    Returns: Seconds, one run after another; and in words where they come from. InputError: as in
+    `training.train`, `results`.
     """
     device = processes.world().device.type
     known = results(grid.folder)

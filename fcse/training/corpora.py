@@ -68,9 +68,8 @@ class TokenizedCorpus:
             cache: folder of the file; `data.cache_folder` by default.
             least: sentences the corpus must have: one batch.
 
-        Raises:
-            InputError: no such corpus, not UTF-8, empty, fewer sentences than `least`, one longer
-                than `LONGEST`, or a cache folder that cannot be written or is full.
+        InputError: no such corpus, not UTF-8, empty, fewer sentences than `least`, one longer than
+        `LONGEST`, or a cache folder that cannot be written or is full.
         """
         read = corpus_reader(name_or_path)
         digest = hashlib.sha256()

@@ -40,11 +40,9 @@ def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     A run that another process is training is waited for.
 
     `callback` gets each step's number and the encoder; it is never called for a run that is loaded.
-
-    Raises:
-        InputError: a corpus or encoder that cannot be loaded, a corpus smaller than a batch, an
-            objective whose rows depend on each other, an output folder that holds something else
-            or cannot be written, or a loss or gradient that is not finite.
+    InputError: a corpus or encoder that cannot be loaded, a corpus smaller than a batch, an
+    objective whose rows depend on each other, an output folder that holds something else or cannot
+    be written, or a loss or gradient that is not finite.
     """
     folder = run_folder(config)
     try:

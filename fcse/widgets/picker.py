@@ -73,8 +73,7 @@ class _Picker(ABC, Generic[Runs]):
     def runs(self) -> Runs:
         """What is picked, trained or loaded.
 
-        Raises:
-            InputError: it cannot be.
+        InputError: it cannot be.
         """
         if self._runs is None:
             self._runs = self._load(self.source)

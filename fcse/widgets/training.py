@@ -315,9 +315,8 @@ def _in_words(run: Progress) -> str:
 def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
     """Finished runs side by side.
 
-    Returns:
-        One row a run: "run" (its number), "loss" (its name), "encoder", "corpus", "seed", "steps",
-        "Lee before", "Lee after" (100 x Spearman).
+    Returns: One row a run: "run" (its number), "loss" (its name), "encoder", "corpus", "seed",
+    "steps", "Lee before", "Lee after" (100 x Spearman).
     """
     rows = []
     for number, run in enumerate(runs, start=1):
