@@ -1,4 +1,4 @@
-"""A name tells losses apart: configs that compute different things differ in name and report row."""
+"""Configs that compute different things differ in name and in their row of a report."""
 
 import json
 from dataclasses import replace
