@@ -5,21 +5,34 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import lee_score
+from own_process import flags
 from transformers import AutoModel
 
 from fcse import cli
+from fcse.config import OLD
 from fcse.data import load_lee
 from fcse.encoder import SentenceEncoder
-from fcse.evaluation import evaluate_lee
-from fcse.report import load_runs, over_seeds, score_runs
+from fcse.methods.cards import CARDS
+from fcse.methods.core_tuning import CoreTuning
+from fcse.methods.ifnd import IFND
+from fcse.methods.sscl import SSCL
+from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
+from fcse.recipes import recipe
+from fcse.study.report import load_runs, over_seeds, score_runs
 
 FLAGS = [
     *("recipe", "objective", "encoder", "corpus", "temperature", "m", "modulate", "pooling"),
-    *("batch-size", "steps", "learning-rate", "seed", "precision", "output"),
+    *("batch-size", "steps", "learning-rate", "seed", "precision", "output", "alpha"),
+    *("sscl.layers", "cards.neighbours", "cards.case-switch", "diffcse.detection"),
+    *("adap-acse.margin", "adap-acse.teacher", "ifnd.acceptance", "ifnd.cluster-steps"),
 ]
+SWITCHES = ["stop-gradient", "mask-duplicates", "checkpoints"]
+SWITCHES += ["core-tuning.focal-weight", "core-tuning.mixing"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +62,7 @@ def tree(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-COMMANDS = ["train", "evaluate", "compare", "report", "import", "study", "doctor"]
+COMMANDS = ["train", "evaluate", "compare", "report", "import", "study", "findings", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -62,6 +75,7 @@ def test_train_help_names_the_fields(capsys):
     run("train", "--help")
     shown = capsys.readouterr().out
     assert [flag for flag in FLAGS if f"--{flag} " not in shown] == []
+    assert [flag for flag in SWITCHES if f"--{flag}, " not in shown] == []
 
 
 def test_help_shows_the_defaults_of_the_recipe_named(capsys):
@@ -124,6 +138,11 @@ BAD = {
     "few resamples": lambda d: ["compare", "minilm", "minilm", "--resamples", "3"],
     "no confidence": lambda d: ["compare", "minilm", "minilm", "--confidence", "95"],
     "task to compare on": lambda d: ["compare", "minilm", "minilm", "--tasks", "STS99"],
+    "findings of nothing": lambda d: ["findings", str(d / "none")],
+    "layers below 0": lambda d: ["train", "--sscl.layers", "-1"],
+    "methods at odds": lambda d: ["train", "--objective", "core_tuning+sscl"],
+    "two objectives": lambda d: ["train", "--objective", "info_nce+focal_info_nce"],
+    "a method's unknown setting": lambda d: ["train", "--sscl.layer", "1"],
     "no folder of runs": lambda d: ["report", str(d / "none")],
     "a folder without runs": lambda d: ["report", str(d)],
     "a run without record": lambda d: ["report", bad_file(d / "run.json", b"{") and str(d)],
@@ -173,6 +192,63 @@ def test_files_at_odds_are_named_with_their_counts(tmp_path, capsys):
     assert "STS.input.MSRpar.txt has 3" in message
 
 
+FOCAL = FocalInfoNCE()
+
+
+@pytest.mark.parametrize(
+    ("said", "objective", "methods"),
+    [
+        ("", FOCAL, ()),
+        ("--objective focal_info_nce --temperature 0.1 --m -0.25", FocalInfoNCE(0.1, -0.25), ()),
+        ("--modulate negative", FocalInfoNCE(modulate="negative"), ()),
+        ("--stop-gradient", FocalInfoNCE(stop_gradient=True), ()),
+        ("--stop-gradient --no-stop-gradient", FOCAL, ()),
+        ("--alpha 3", FOCAL, ()),
+        ("--objective info_nce --m 0.1 --temperature=0.2", InfoNCE(0.2), ()),
+        ("--objective hardness_info_nce", HardnessInfoNCE(), ()),
+        ("--objective hardness_info_nce --alpha 2", HardnessInfoNCE(alpha=2.0), ()),
+        ("--objective hardness_info_nce --alpha 0", InfoNCE(), ()),
+        ("--objective sscl", InfoNCE(), (SSCL(),)),
+        ("--objective focal_info_nce+sscl", FOCAL, (SSCL(),)),
+        ("--objective sscl --sscl.layers 2 --temperature 0.1", InfoNCE(0.1), (SSCL(2),)),
+        ("--sscl.layers 2", FOCAL, (SSCL(2),)),
+        ("--objective cards+sscl --sscl.layers=0", InfoNCE(), (CARDS(),)),
+        ("--core-tuning.no-mixing", FOCAL, (CoreTuning(mixing=False),)),
+        ("--core_tuning.no_focal_weight", FOCAL, (CoreTuning(focal_weight=False),)),
+        ("--ifnd.cluster-steps 5 --ifnd.clusters 9", FOCAL, (IFND(0.5, 9, 5),)),
+    ],
+)
+@pytest.mark.parametrize("start", ["minilm-short", "roberta-large-focal"])
+def test_flags_build_the_objective_and_the_methods(said, objective, methods, start, monkeypatch):
+    trained = []
+    monkeypatch.setattr(cli.commands, "run_train", trained.append)
+    assert run("train", "--recipe", start, *said.split()) == 0
+    assert trained == [replace(recipe(start), objective=objective, methods=methods)]
+
+
+def test_flags_for_all_settings_give_the_config_back(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(cli.commands, "run_train", trained.append)
+    focal = FocalInfoNCE(0.1, -0.25, "negative", stop_gradient=True)
+    methods = (CoreTuning(mixing=False), IFND(0.3, 7), SSCL(2))
+    config = replace(recipe("minilm-short"), objective=focal, methods=methods, seed=2**32 - 1)
+    config = replace(config, micro_batch_size=3, output=str(tmp_path), metric="lee")
+    assert run(*flags(config)) == 0
+    assert trained == [config]
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_flag_of_before_methods_had_settings_says_what_to_write(name, capsys):
+    flag, method = name.replace("_", "-"), OLD[name][0].replace("_", "-")
+    values = {f"--{flag}": f"--{method}.{flag}", f"--{name}=1": f"--{method}.{flag}"}
+    if name in ("focal_weight", "mixing"):
+        values[f"--no-{flag}"] = f"--{method}.no-{flag}"
+    for old, new in values.items():
+        assert run("train", "--encoder", "no/such", old, "1") == 2
+        said = f"fcse: unknown flag {old.removesuffix('=1')}: write {new}\n"
+        assert capsys.readouterr().err == said
+
+
 def test_train_writes_a_run_reuses_it_and_refuses_another(tiny_model, corpus, tmp_path, capsys):
     arguments = [
         "train",
@@ -210,7 +286,7 @@ def test_evaluate_reads_the_pooling_that_a_folder_declares(tiny_model, tmp_path,
     assert "pooling mean" in capsys.readouterr().out
     scores = json.loads(path.read_text())
     assert scores["pooling"] == "mean"
-    assert scores["Lee"] == pytest.approx(evaluate_lee(encoder))
+    assert scores["Lee"] == pytest.approx(lee_score(encoder))
     assert run("evaluate", str(folder), "--pooling", "cls", "--tasks", "Lee") == 0
     assert "pooling cls" in capsys.readouterr().out
 
@@ -239,7 +315,7 @@ def test_report_prints_intervals_and_draws(tiny_model, corpus, tmp_path, capsys)
     assert run("report", "--figures", str(tmp_path / "figures")) == 0
     shown = capsys.readouterr().out
     gain = over_seeds(score_runs(load_runs(tmp_path / "runs"), [load_lee()]))["gain"].iloc[-1]
-    assert f"over info_nce, paired: {gain}" in shown
+    assert f"over InfoNCE, paired: {gain}" in shown
     assert "+14.0 sd" in shown
     drawn = {p.name for p in (tmp_path / "figures").iterdir()}
     assert drawn == {
