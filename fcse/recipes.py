@@ -50,10 +50,7 @@ the paper's four, each one epoch over a million sentences."""
 
 
 def recipe(name: str) -> TrainConfig:
-    """The config of a recipe.
-
-    InputError: no recipe of that name.
-    """
+    """The config of a recipe; InputError: no recipe of that name."""
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
     return RECIPES[name]

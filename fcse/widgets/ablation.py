@@ -23,7 +23,7 @@ from fcse.methods.core_tuning import CoreTuning, FocalWeight
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE, named
 from fcse.objectives import name as name_of
 from fcse.recipes import recipe
-from fcse.widgets.pictures import beside, encode, labelled, panel
+from fcse.widgets.pictures import beside, encode, labelled, panel, table
 
 _PLAIN = dict(positives=False, negatives=False, alpha=0.0, margin=0.0, focal_weight=False)
 _FOCAL = dict(positives=True, negatives=True, stop_gradient=False, m=FocalInfoNCE.m)
@@ -325,21 +325,24 @@ def _formulas(objective: Any) -> tuple[str, str]:
     return (plain, plain) if isinstance(objective, InfoNCE) else ("as it is defined",) * 2
 
 
-def _candidates_html(table: pd.DataFrame, anchor: int) -> str:
+def _candidates_html(found: pd.DataFrame, anchor: int) -> str:
     """The most similar candidates of an anchor, its positive always among them, as HTML."""
-    top = table.head(_TOP)
+    top = found.head(_TOP)
     if anchor not in set(top["candidate"]):
-        top = pd.concat([top.head(_TOP - 1), table[table["candidate"] == anchor]])
-    shown = pd.DataFrame(
-        {
-            "kind": np.where(top["candidate"] == anchor, "positive", "negative"),
-            "similarity s": top["similarity"].map("{:.3f}".format),
-            "InfoNCE [%]": (100 * top["plain"]).map("{:.2f}".format),
-            "chosen loss [%]": (100 * top["chosen"]).map("{:.2f}".format),
-            "candidate": top["sentence"],
-        }
-    )
-    return (
+        top = pd.concat([top.head(_TOP - 1), found[found["candidate"] == anchor]])
+    cell = '<td class="number">'
+    rows = []
+    for row in top.itertuples():
+        own = row.candidate == anchor
+        kind, weight = ("positive", "bold") if own else ("negative", "normal")
+        rows.append(
+            f'<tr style="font-weight: {weight}"><td>{kind}</td>{cell}{row.similarity:.3f}</td>'
+            f"{cell}{100 * row.plain:.2f}</td>{cell}{100 * row.chosen:.2f}</td>"
+            f"<td>{html.escape(row.sentence)}</td></tr>"
+        )
+    return table(
         f"Row softmax of the anchor: probability of its {len(top)} most similar candidates of "
-        f"{len(table)}{shown.to_html(index=False, border=0)}"
+        f"{len(found)}",
+        ("kind", "similarity s", "InfoNCE [%]", "chosen loss [%]", "candidate"),
+        rows,
     )

@@ -12,10 +12,14 @@ from fcse import analysis, plots
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
 from fcse.objectives import name as name_of
 from fcse.training import TrainResult
-from fcse.widgets.pictures import SliderNames, beside, labelled
+from fcse.widgets.pictures import SliderNames, beside, labelled, table
 
 ROWS = 12
 """Negatives, and pairs, that a table shows."""
+_LOOK = (
+    "class='fcse-table' style='width:100%; line-height:1.3; margin-bottom:1em; text-align:left; "
+    "vertical-align:top; font-size:14px'"
+)
 
 
 class NegativeExplorer:
@@ -107,41 +111,43 @@ class NegativeExplorer:
         self.redraw()
 
     def _negatives_html(self) -> str:
-        table = self.table
+        negatives = self.table
         losses = list(map(name_of, compared(self._runs[self.run.value].config.objective)))
-        total = table[losses].abs().sum()
+        total = negatives[losses].abs().sum()
         rows = []
-        for k, row in enumerate(table.head(ROWS).to_dict("records"), start=1):
+        for k, row in enumerate(negatives.head(ROWS).to_dict("records"), start=1):
             pulls = [_weight(row[loss], abs(row[loss]) / total[loss], loss) for loss in losses]
             mark = "⚑ likely" if row["false_negative"] else ""
             rows.append(
-                f"<td>{k}</td><td>{row['similarity']:.3f}</td>{''.join(pulls)}"
-                f"<td style='white-space:nowrap'><b>{mark}</b></td>"
-                f"<td>{html.escape(row['article'])}</td><td>{html.escape(row['sentence'])}</td>"
+                f"<tr><td>{k}</td><td>{row['similarity']:.3f}</td>{''.join(pulls)}"
+                f"<td style='white-space:nowrap'><b>{mark}</b></td><td>"
+                f"{html.escape(row['article'])}</td><td>{html.escape(row['sentence'])}</td></tr>"
             )
         anchor = html.escape(self._batch["sentence"][self.anchor.value])
         heads = [f"pull, {html.escape(loss)}" for loss in losses]
-        return _table(
+        return table(
             f"Anchor {self.anchor.value} after step {self.step.value}: <b>{anchor}</b>"
-            f"<br>Its {min(ROWS, len(table))} hardest of {len(table)} negatives; a bar is the "
+            f"<br>Its {min(ROWS, len(negatives))} hardest of {len(negatives)} negatives; a bar is the "
             "negative's share of the pull on all of them.",
             ["rank", "similarity s", *heads, "false negative?", "article", "sentence"],
             rows,
+            _LOOK,
         )
 
     def _pairs_html(self) -> str:
         pairs = self.pairs
         rows = [
-            f"<td>{row.similarity:.3f}</td><td>{html.escape(row.article)}</td>"
+            f"<tr><td>{row.similarity:.3f}</td><td>{html.escape(row.article)}</td>"
             f"<td>{row.i}</td><td>{html.escape(row.sentence_i)}</td>"
-            f"<td>{row.j}</td><td>{html.escape(row.sentence_j)}</td>"
+            f"<td>{row.j}</td><td>{html.escape(row.sentence_j)}</td></tr>"
             for row in pairs.head(ROWS).itertuples()
         ]
-        return _table(
+        return table(
             f"⚑ <b>{len(pairs)} likely false negatives</b> in this batch: pairs of one article "
             f"among the tenth of all pairs that is most alike; the first {len(rows)}.",
             ["similarity s", "article", "anchor", "sentence", "anchor", "sentence"],
             rows,
+            _LOOK,
         )
 
 
@@ -158,14 +164,3 @@ def _weight(pull: float, share: float, loss: str) -> str:
     bar = f"linear-gradient(to right, {plots.style(loss).colour}55 {100 * share:.1f}%, #0000 0)"
     text = f"{pull:.2g} ({100 * share:.0f} %)"
     return f"<td style='background:{bar}; white-space:nowrap; padding-right:1em'>{text}</td>"
-
-
-def _table(caption: str, columns: list[str], rows: list[str]) -> str:
-    head = "".join(f"<th scope='col' style='text-align:left'>{column}</th>" for column in columns)
-    return (
-        "<table class='fcse-table' style='width:100%; line-height:1.3; margin-bottom:1em; "
-        "text-align:left; vertical-align:top; font-size:14px'>"
-        f"<caption style='text-align:left; padding:4px'>{caption}</caption>"
-        f"<thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
-    )

@@ -18,6 +18,7 @@ from fcse.recipes import recipe
 from fcse.study import report
 from fcse.study.embedded import SHORT, pick_runs, train_objectives
 from fcse.training import TrainResult
+from fcse.widgets.pictures import labelled
 
 Runs = TypeVar("Runs")
 
@@ -27,6 +28,11 @@ class _Picker(ABC, Generic[Runs]):
 
     Fresh runs are trained once `runs` is read; everything else is loaded when it is picked. What
     cannot be loaded is said in the widget, and what was picked before stays picked.
+
+    Attributes:
+        widget: what a notebook displays.
+        choice, name: the controls; `name` acts on Enter.
+        source: what is picked; `runs` is what that gives.
     """
 
     def __init__(
@@ -43,21 +49,11 @@ class _Picker(ABC, Generic[Runs]):
         self.source = source
         self._fresh = next(iter(options.values()))
         self._runs: Runs | None = None
-        label = {"style": {"description_width": "7em"}, "layout": {"width": "36em"}}
         known = source in options.values()
-        self.choice = widgets.Dropdown(
-            options={**options, named: ""},
-            value=source if known else "",
-            description="look at",
-            **label,
-        )
-        self.name = widgets.Text(
-            value="" if known else source,
-            placeholder=placeholder,
-            description=field,
-            continuous_update=False,
-            **label,
-        )
+        look = {"value": source if known else "", **labelled("look at", "7em", "36em")}
+        self.choice = widgets.Dropdown(options={**options, named: ""}, **look)
+        look = {"value": "" if known else source, **labelled(field, "7em", "36em")}
+        self.name = widgets.Text(placeholder=placeholder, continuous_update=False, **look)
         self._said = widgets.HTML()
         self._say(f"{source} is picked.")
         self.choice.observe(lambda _: self.choice.value and self.pick(self.choice.value), "value")
@@ -71,10 +67,7 @@ class _Picker(ABC, Generic[Runs]):
 
     @property
     def runs(self) -> Runs:
-        """What is picked, trained or loaded.
-
-        InputError: it cannot be.
-        """
+        """What is picked, trained or loaded; InputError: it cannot be."""
         if self._runs is None:
             self._runs = self._load(self.source)
         return self._runs
@@ -105,11 +98,7 @@ class _Picker(ABC, Generic[Runs]):
 class RunPicker(_Picker[dict[str, TrainResult]]):
     """A choice among fresh short runs, the run folders that are there, and any encoder.
 
-    Attributes:
-        widget: what a notebook displays.
-        choice, name: the controls; `name` takes a hub name or a folder, and acts on Enter.
-        source: what is picked, as `study.embedded.pick_runs` takes it; `runs` is what that gives.
-        message: what the widget says.
+    `name` takes a hub name or a folder; `source` and `runs` are those of `pick_runs`.
     """
 
     def __init__(self, source: str | Path = SHORT) -> None:
@@ -135,13 +124,8 @@ class RunPicker(_Picker[dict[str, TrainResult]]):
 class SeedsPicker(_Picker[pd.DataFrame]):
     """A choice between fresh runs of both losses for a few seeds, and a folder that holds such.
 
-    Attributes:
-        widget: what a notebook displays.
-        choice, name: the controls; `name` takes a folder, and acts on Enter.
-        source: what is picked: a recipe's name for fresh runs, or a folder.
-        runs: the runs of both losses with these seeds, as of `report.load_runs`; of several
-            settings those with the most seeds.
-        message: what the widget says.
+    `source` is a recipe's name for fresh runs, or a folder; `runs` are those of both losses with
+    these seeds, as of `report.load_runs`, of several settings those with the most seeds.
     """
 
     def __init__(

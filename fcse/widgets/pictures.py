@@ -1,6 +1,7 @@
 """What panels share: a size read from afar, sliders with names, and pictures drawn fast."""
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import anywidget
@@ -13,7 +14,6 @@ _STYLE = """<style>
 .fcse-panel {--jp-widgets-font-size: 16px; --jp-widgets-inline-height: 34px; font-size: 16px}
 .fcse-panel .widget-html-content {font-size: 16px; line-height: 1.45}
 .fcse-panel table {border-collapse: collapse; margin: 0.5em 0}
-.fcse-panel caption {text-align: left}
 .fcse-panel th, .fcse-panel td {text-align: left; padding: 0.1em 1.2em 0.1em 0}
 .fcse-panel .number {text-align: right}
 </style>"""
@@ -63,6 +63,15 @@ def panel(*rows: widgets.Widget) -> widgets.VBox:
     box = widgets.VBox([widgets.HTML(_STYLE, layout={"display": "none"}), SliderNames(), *rows])
     box.add_class("fcse-panel")
     return box
+
+
+def table(caption: str, heads: Iterable[str], rows: Iterable[str], look: str = "") -> str:
+    """A table of HTML, its rows as they are, with attributes that say how it looks."""
+    head = "".join(f"<th scope='col' style='text-align:left'>{each}</th>" for each in heads)
+    return (
+        f"<table {look}><caption style='text-align:left; padding:4px'>{caption}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 def encode(canvas: FigureCanvasAgg) -> bytes:

@@ -329,5 +329,6 @@ def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
 
 def _comparison_html(runs: Sequence[Progress]) -> str:
     """The comparison with a word on what it is worth, as HTML."""
-    table = comparison(runs).to_html(index=False, border=0, float_format="{:.1f}".format)
+    with pd.option_context("display.max_colwidth", None):  # names of losses are not cut
+        table = comparison(runs).to_html(index=False, border=0, float_format="{:.1f}".format)
     return f"{table}<p>{_NOTE}</p>"
