@@ -68,7 +68,8 @@ def test_curves_are_the_formulas(objective):
 
 def test_the_curve_of_a_margin_is_that_of_turned_similarities():
     objective = FocalInfoNCE(0.1, 0.4)
-    table = analysis.curve(objective, Columns(turns=(turn(0.3),)), points=101)
+    # The numbers of a batch's sentences have no part in it.
+    table = analysis.curve(objective, Columns(torch.zeros(8), (turn(0.3),)), points=101)
     s = table["similarity"].to_numpy()
     seen, steepness = np.vectorize(turned)(s, 0.3, 0.0)
     logit, slope = np.array([logit_and_slope(objective, x, False) for x in seen]).T
