@@ -102,7 +102,7 @@ class NoMethod:
         (WithoutLogits(), "WithoutLogits has no logits"),
         (NoMethod(), "NoMethod has no logits"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_objective_is_refused(objective, match):
     with one_line_refusal(match):
