@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fcse import methods
 from fcse.cli import main
-from fcse.config import TrainConfig
+from fcse.config import PARAMETERS, TrainConfig, configured
 from fcse.data import STS_SUBSETS, STS_TASKS, load_sts
 from fcse.errors import InputError
 from fcse.training import read_run, train
@@ -34,25 +35,60 @@ def is_one_line(error):
 
 
 def value_for(annotation):
+    if "bool" in annotation:
+        return st.booleans()
     return WORDS if "int" not in annotation and "float" not in annotation else NUMBERS
 
 
-@HUNDREDS
-@given(
-    st.fixed_dictionaries(
-        {}, optional={f.name: value_for(str(f.type)) for f in fields(TrainConfig)}
+OWN = {f.name: value_for(str(f.type)) for f in fields(TrainConfig) if f.name != "methods"}
+"""The fields that hold no values of classes, but for an objective by its name."""
+FLAT = OWN | {
+    name: value_for(str(f.type))
+    for name, kind in PARAMETERS.items()
+    for f in fields(kind)
+    if f.name == name
+}
+FLAT |= {
+    f"{key}.{f.name}": value_for(str(f.type))
+    for key in methods.names()
+    for f in fields(methods.method(key))
+}
+ANY = st.one_of(NUMBERS, WORDS, st.none(), st.booleans(), st.lists(NUMBERS, max_size=2))
+
+
+def some_of(values):
+    return st.dictionaries(st.sampled_from(sorted(values)), st.none(), max_size=4).flatmap(
+        lambda chosen: st.fixed_dictionaries({name: values[name] for name in chosen})
     )
-)
-def test_any_settings(changes):
+
+
+@HUNDREDS
+@given(st.fixed_dictionaries({}, optional=OWN))
+def test_any_fields(changes):
     try:
         config = TrainConfig(**changes)
     except InputError as error:
         assert is_one_line(error)
         assert any(name in str(error) for name in changes)
     else:
-        assert config.key
+        assert config.name
         assert config.batch_size >= 2
-        assert config.temperature > 0
+        assert config.objective.temperature > 0
+
+
+@HUNDREDS
+@given(st.one_of(some_of(FLAT), some_of(dict.fromkeys(FLAT, ANY))))
+def test_any_settings(changes):
+    try:
+        config = configured(TrainConfig(), changes)
+    except InputError as error:
+        assert is_one_line(error)
+        assert any(name.partition(".")[0] in str(error) for name in changes)
+    else:
+        assert config.name
+        assert config.batch_size >= 2
+        assert config.objective.temperature > 0
+        assert configured(TrainConfig(), config.settings).settings == config.settings
 
 
 @HUNDREDS
@@ -61,7 +97,7 @@ def test_any_settings(changes):
     st.lists(
         st.one_of(
             WORDS,
-            st.sampled_from([f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)]),
+            st.sampled_from([f"--{name.replace('_', '-')}" for name in FLAT]),
             st.sampled_from(["--tasks", "--json", "--help", "--resamples", "--aggregate", "-1"]),
         ),
         max_size=4,
@@ -136,17 +172,9 @@ def test_any_sts_folder(tmp_path_factory, task, texts, gold):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, small_corpus, tmp_path_factory):
-    config = TrainConfig(
-        encoder=str(tiny_model("bert")),
-        corpus=str(small_corpus),
-        batch_size=8,
-        steps=2,
-        eval_steps=1,
-        max_length=16,
-        checkpoints=True,
-        output=str(tmp_path_factory.mktemp("runs") / "run"),
-    )
+def finished(tiny_config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "run"
+    config = tiny_config(output, steps=2, eval_steps=1, checkpoints=True)
     return train(config)
 
 
