@@ -1,19 +1,36 @@
-# What a new user runs: make study, make lab, make test. Each sets up .venv where it is missing.
+# What a new user runs: make study, make lab, make test; between two edits: make check.
+# Each sets up .venv where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 export FCSE_RUNS ?= $(CURDIR)/runs
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study lab app test clean
+.PHONY: study lab app check test clean
 
 study: .venv/ready
 	$(BIN)/fcse study
 
+# No news pop-up (.jupyter/overrides.json), and nothing is asked of the net: no news, no newer
+# versions, no list of extensions.
+QUIET := --LabApp.app_settings_dir='$(CURDIR)/.jupyter' --LabApp.news_url=None \
+	--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate \
+	--LabApp.extension_manager=readonly
+
 lab: .venv/ready
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(QUIET)
 
 app: .venv/ready
 	$(BIN)/voila notebooks/app_ablation.ipynb
+
+# Tests of the rooms that need no trained encoder: seconds each.
+QUICK := chunked_loss core_tuning findings loss_properties losses method_parts objectives plots \
+	readme report rooms setup
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
 
 test: .venv/ready
 	$(BIN)/ruff check .
