@@ -127,8 +127,8 @@ class NegativeExplorer:
         heads = [f"pull, {html.escape(loss)}" for loss in losses]
         return table(
             f"Anchor {self.anchor.value} after step {self.step.value}: <b>{anchor}</b>"
-            f"<br>Its {min(ROWS, len(negatives))} hardest of {len(negatives)} negatives; a bar is the "
-            "negative's share of the pull on all of them.",
+            f"<br>Its {len(rows)} hardest of {len(negatives)} negatives; a bar is the negative's "
+            "share of the pull on all of them.",
             ["rank", "similarity s", *heads, "false negative?", "article", "sentence"],
             rows,
             _LOOK,
