@@ -55,11 +55,10 @@ _TOP = 8
 class AblationPanel:
     """Controls of the loss; its curves, its pull on a real batch and one row's softmax redraw.
 
-    Linked views: the logit over the similarity, its slope (the strength of the pull) with the
-    resting point, the share of the batch's pull on negatives that falls on each decile of
-    similarity, and the candidates of one anchor with their probabilities. InfoNCE at the same
-    temperature stands beside as the reference. The axes stay where they are, so that a steeper
-    curve looks steeper, and a redraw is cheap: only what moves is drawn.
+    Logit and slope (the strength of the pull) over the similarity with the resting point, the share
+    of the pull on negatives by decile of similarity, and one anchor's candidates with their
+    probabilities; InfoNCE at the same temperature stands beside. The axes stay where they are, so
+    that a steeper curve looks steeper, and a redraw is cheap: only what moves is drawn.
 
     The modulation and the hardness weight exclude each other: with a part of the modulation on,
     the loss is Focal-InfoNCE and alpha rests; else alpha above 0 makes it the hardness-weighted
@@ -67,9 +66,8 @@ class AblationPanel:
     each of them. A reader's own objective has a button, and its parameters as they were given.
 
     Attributes:
-        widget: what a notebook displays.
         temperature, m, alpha, margin, positives, negatives, stop_gradient, focal_weight, anchor:
-            the controls; setting `.value` redraws.
+            the controls.
         presets: objective -> its button: those of `PRESETS`, and own ones by their names.
         png, alt: the present picture, for readers without a running kernel, and what it shows.
         table: the present candidates, see `analysis.candidates`.
@@ -144,8 +142,8 @@ class AblationPanel:
             self.presets[key] = button
 
     def _change(self, change: dict[str, Any]) -> None:
-        beside = (self.anchor, self.margin, self.focal_weight)
-        if not self._setting and change["owner"] not in beside:
+        kept = (self.anchor, self.margin, self.focal_weight)
+        if not self._setting and change["owner"] not in kept:
             self._chosen = None  # a control of the kit's objectives
         self.redraw()
 
@@ -155,8 +153,7 @@ class AblationPanel:
         if self._chosen is not None:
             return self._chosen
         # A browser may send 0.30000000000000004, which would be another run.
-        temperature, m = round(self.temperature.value, 6), round(self.m.value, 6)
-        alpha = round(self.alpha.value, 6)
+        temperature, m, alpha, _ = (round(slider.value, 6) for slider in self._sliders)
         positives, negatives = self.positives.value, self.negatives.value
         if positives or negatives:
             one = "positive" if positives else "negative"

@@ -23,8 +23,7 @@ class MapExplorer:
     maps stands in words what they show.
 
     Attributes:
-        widget: what a notebook displays.
-        group, word: the controls; setting `.value` selects.
+        group, word: the controls.
         scatters: name of a map -> its `jscatter.Scatter`.
     """
 

@@ -30,10 +30,8 @@ class NegativeExplorer:
     and the batch's most likely ones stand in a list of their own.
 
     Attributes:
-        widget: what a notebook displays.
-        run, step, anchor: the controls; setting `.value` redraws.
-        table: the ranked negatives as a DataFrame, for readers without a running kernel.
-        pairs: the batch's likely false negatives as a DataFrame, see there.
+        run, step, anchor: the controls.
+        table, pairs: what is shown, for readers without a running kernel.
     """
 
     def __init__(

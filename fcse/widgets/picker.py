@@ -30,7 +30,6 @@ class _Picker(ABC, Generic[Runs]):
     cannot be loaded is said in the widget, and what was picked before stays picked.
 
     Attributes:
-        widget: what a notebook displays.
         choice, name: the controls; `name` acts on Enter.
         source: what is picked; `runs` is what that gives.
     """
@@ -102,11 +101,7 @@ class RunPicker(_Picker[dict[str, TrainResult]]):
     """
 
     def __init__(self, source: str | Path = SHORT) -> None:
-        """Build the picker.
-
-        Args:
-            source: what is picked at first.
-        """
+        """Build the picker, with what is picked at first."""
         records = sorted(runs_folder().glob("*/run.json"))
         found = {path.parent.name: str(path.parent) for path in records}
         super().__init__(
@@ -139,10 +134,10 @@ class SeedsPicker(_Picker[pd.DataFrame]):
             seeds: of each loss.
         """
         self._recipe, self._seeds = recipe, list(seeds)
-        seeds_named = ", ".join(map(str, self._seeds))
+        self._named = ", ".join(map(str, seeds))
         super().__init__(
             recipe if folder is None else str(folder),
-            {f"fresh runs of {recipe}, seeds {seeds_named}": recipe},
+            {f"fresh runs of {recipe}, seeds {self._named}": recipe},
             "a folder of runs:",
             "folder",
             "where runs lie side by side; then Enter",
@@ -161,8 +156,8 @@ class SeedsPicker(_Picker[pd.DataFrame]):
         seeds = paired.groupby("settings").sum()
         if seeds.max() < 2 or seeds.empty:
             raise InputError(
-                f"{folder} holds no two of the seeds {', '.join(map(str, self._seeds))} that both "
-                f"losses were trained with from {self._recipe}"
+                f"{folder} holds no two of the seeds {self._named} that both losses were trained "
+                f"with from {self._recipe}"
             )
         # A folder may hold trials with other settings beside them.
         return runs[runs["settings"] == seeds.idxmax()]

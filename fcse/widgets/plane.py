@@ -15,8 +15,7 @@ class TrajectoryPlane:
     """Each run's way through training; lines of equal alignment + weight * uniformity behind it.
 
     Attributes:
-        widget: what a notebook displays.
-        weight: how much uniformity counts in the sum; setting `.value` redraws the lines.
+        weight: the control: how much uniformity counts in the sum.
         scatter: the `jscatter.Scatter`.
     """
 

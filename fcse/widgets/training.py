@@ -52,7 +52,6 @@ class TrainingPanel:
     numbered as its curves are.
 
     Attributes:
-        widget: what a notebook displays.
         encoder, corpus, upload, seed, steps: the fields that complete the config.
         train_button, stop_button: "train this" and "stop".
         message: what the panel says at present, or what the process complained of.
