@@ -28,9 +28,7 @@ def _at_0_and_1(curve: pd.DataFrame, column: str = "slope") -> str:
 def pull_curves(table: pd.DataFrame, rest: float = -0.15) -> Picture:
     """What one similarity does to its logit, and the slope by which the loss pulls on it.
 
-    Args:
-        table: what `analysis.curves` returns.
-        rest: the resting point to mark, -m/2 of Focal-InfoNCE.
+    table: as of `analysis.curves`. rest: the resting point to mark, -m/2 of Focal-InfoNCE.
     """
     figure, axes = new_axes(4, width=3.7)
     columns = ("logit", "slope", "positive_logit", "positive_slope")
@@ -79,21 +77,15 @@ def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Pict
 
 @plt.rc_context(STYLE)
 def pull_by_decile(table: pd.DataFrame) -> Picture:
-    """Share of the pull on negatives that falls on each decile of similarity.
-
-    table: columns "name", "decile" (1 = least similar tenth, 10 = hardest), "share" (of the
-    absolute pull on all negatives, 0 to 1).
-    """
+    """Share of the pull on negatives by decile of similarity, as of `analysis.pull_by_decile`."""
     figure, (axes,) = new_axes(width=6)
     losses = by(table, "name")
     for i, (name, rows) in enumerate(losses):
         x = rows["decile"] + 0.38 * (i - (len(losses) - 1) / 2)
         axes.bar(x, 100 * rows["share"], 0.36, color=style(name).colour, label=name)
     axes.set_xticks(range(1, 11))
-    axes.set(
-        xlabel="decile of similarity among the negatives (10 = hardest)",
-        ylabel="share of the pull [%]",
-    )
+    what = "decile of similarity among the negatives (10 = hardest)"
+    axes.set(xlabel=what, ylabel="share of the pull [%]")
     axes.legend()
     hardest = table[table["decile"] == 10]
     shares = zip(hardest["name"], hardest["share"], strict=True)
@@ -108,9 +100,7 @@ def pull_by_decile(table: pd.DataFrame) -> Picture:
 def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Picture:
     """Matrices side by side on one colour scale.
 
-    Args:
-        matrices: title -> (N, N) float; NaN is left blank.
-        label: what a cell holds, with its unit.
+    matrices: title -> (N, N) float; NaN is left blank. label: what a cell holds, with its unit.
     """
     figure, axes = new_axes(len(matrices), width=4.4, height=4.0)
     scale = {
@@ -144,10 +134,7 @@ def joined(
 ) -> Picture:
     """Densities of the similarities in a batch, and of those that another loss makes of it.
 
-    Args:
-        loss: its name; its colour marks `new`.
-        plain, new: name -> (n,) float, at most two of each.
-        xlabel: what they are.
+    plain, new: name -> (n,) float, at most two of each; the loss of that name colours `new`.
     """
     figure, (axes,) = new_axes(width=7.5)
     figure.alt = f"{loss}: density of the {xlabel}."

@@ -35,9 +35,7 @@ def scores(table: pd.DataFrame) -> Picture:
 def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Picture:
     """Every seed's score as a point, the mean of each loss with its interval beside.
 
-    Args:
-        scores: columns "task", "name" of the loss, "seed", "score" (100 x Spearman).
-        summary: columns "task", "name", "mean", "low", "high" (NaN draws no bar).
+    scores, summary: as of `report.score_runs` and `report.over_seeds`, of one group of settings.
     """
     tasks, names = by(scores, "task"), list(scores["name"].unique())
     figure, axes = new_axes(len(tasks), width=max(3.6, 1.3 * len(names)))
@@ -66,10 +64,7 @@ def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Picture:
 def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, float]]) -> Picture:
     """Published averages and runs beside the spread that 50 seeds of SimCSE have.
 
-    Args:
-        points: columns "backbone", "name" of the loss, "source" ("published" or a run), "avg"
-            (100 x Spearman, mean of the seven STS tasks).
-        noise: backbone -> "mean", "sd", "min", "max" of the seeds.
+    points: as of `report.beside_published`. noise: backbone -> "mean", "sd", "min", "max".
     """
     backbones = by(points, "backbone")
     figure, (axes,) = new_axes(width=8, height=1.2 + 0.6 * len(backbones))
@@ -90,11 +85,8 @@ def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, floa
         form = "; 50 seeds of InfoNCE: {mean:.1f} ± {sd:.1f}, {min:.1f} to {max:.1f}"
         figure.alt += f" {backbone}: {said}{form.format(**seeds) if seeds else ''}."
     axes.set_yticks(range(len(backbones)), [backbone for backbone, _ in backbones])
-    axes.set(
-        xlabel="mean Spearman × 100 over the seven STS tasks",
-        ylabel="backbone",
-        ylim=(len(backbones) - 0.4, -0.6),
-    )
+    axes.set_ylim(len(backbones) - 0.4, -0.6)
+    axes.set(xlabel="mean Spearman × 100 over the seven STS tasks", ylabel="backbone")
     legend = [{"ls": "", "label": f"{k}, published"} | point(k) for k in points["name"].unique()]
     legend.append({"color": "0.75", "lw": 9, "label": "InfoNCE, 50 seeds: mean ± sd"})
     legend.append({"color": "0.6", "lw": 1.5, "label": "their range"})
@@ -108,12 +100,7 @@ def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, floa
 
 @plt.rc_context(STYLE)
 def training(losses: pd.DataFrame, evaluations: pd.DataFrame) -> Picture:
-    """Loss and score over the steps of each run.
-
-    Args:
-        losses: columns "name" of the loss, "step", "loss".
-        evaluations: columns "name", "step", "lee" (100 x Spearman).
-    """
+    """Loss and score over the steps of each run, from the tables of `study.embedded.histories`."""
     figure, (left, right) = new_axes(2)
     figure.alt = "Loss (left) and Spearman × 100 on Lee's documents (right) over the steps."
     for name, rows in by(losses, "name"):
@@ -134,10 +121,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
 
     A line has the style of the loss; an objective with other parameters than its own is hollow.
 
-    Args:
-        table: columns "score", "corpus", "baseline", "name", "difference", "low", "high", as of
-            `findings.contrasts`.
-        title: what was run.
+    table: as of `findings.contrasts`. title: what was run.
     """
     scores, corpora = by(table, "score"), list(table["corpus"].unique())
     shades = dict(zip(corpora, np.linspace(1, 0.45, len(corpora)), strict=True))
@@ -177,10 +161,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
 def surface(table: pd.DataFrame, title: str) -> Picture:
     """Score over m and temperature: Focal-InfoNCE as a map, and its rows beside InfoNCE's curve.
 
-    Args:
-        table: columns "objective" (info_nce, focal_info_nce), "temperature", "m" (NaN for InfoNCE),
-            "score", as of `findings.means`.
-        title: what was run.
+    table: as of `findings.means` of "temperature" and "m", by "objective". title: what was run.
     """
     focal = table[table["objective"] == "focal_info_nce"]
     plain = table[table["objective"] == "info_nce"].sort_values("temperature")
@@ -224,14 +205,10 @@ def surface(table: pd.DataFrame, title: str) -> Picture:
 
 @plt.rc_context(STYLE)
 def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Picture:
-    """Score against one setting, a line a loss, with the span of the seeds.
+    """Score against one setting on a logarithmic axis, a line a loss, with the span of the seeds.
 
-    Args:
-        table: columns "name" of the loss, the setting, "score", "low", "high", as of
-            `findings.means`.
-        setting: the column; its axis is logarithmic.
-        xlabel: what to call it, with its unit.
-        title: what was run.
+    table: as of `findings.means` of the setting. xlabel: what to call it, with its unit. title:
+    what was run.
     """
     figure, (axes,) = new_axes(width=7.5)
     figure.alt = f"{title}."

@@ -103,9 +103,8 @@ def _spread(points: pd.DataFrame) -> float:
 def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
     """Two-dimensional maps of the same sentences, one panel per encoder, coloured by group.
 
-    Args:
-        table: columns "encoder" (a title), "x", "y", "group".
-        groups: at most eight groups, in the order of the legend; all others are small and grey.
+    table: columns "encoder" (a title), "x", "y", "group". groups: at most eight, in the order of
+    the legend; all others are small and grey.
     """
     encoders = by(table, "encoder")
     figure, axes = new_axes(len(encoders), width=4.0, height=4.2)

@@ -161,13 +161,7 @@ def save(figure: Picture, table: pd.DataFrame, path: Path) -> None:
     """Write a figure as PNG and SVG, and the numbers behind it as CSV with six significant digits.
 
     Both pictures carry the text alternative: PNG as its description, SVG as its title, which a
-    browser reads out.
-
-    Args:
-        figure, table: what to write.
-        path: folder and name without suffix.
-
-    InputError: they cannot be written.
+    browser reads out. path: folder and name without suffix. InputError: they cannot be written.
     """
     make_folder(path.parent)
     with writing(f"figure {path}"):

@@ -16,14 +16,13 @@ from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published, judged
 from fcse.training import TrainResult, read_run, train
 
-OBJECTIVES = ("info_nce", "focal_info_nce")
 SHORT = "minilm-short"
 """The recipe that notebooks train where nothing else is chosen."""
 
 
 def train_objectives(config: TrainConfig) -> dict[str, TrainResult]:
     """The same config with each objective: name of the loss -> its run, trained or loaded."""
-    configs = (replace(config, objective=objective) for objective in OBJECTIVES)
+    configs = (replace(config, objective=objective) for objective in analysis.COMPARED)
     return {each.name: train(each) for each in configs}
 
 
