@@ -16,11 +16,11 @@ Nothing here imports torch: tensors come in as arguments.
 """
 
 import ast
+import dis
 import hashlib
 import inspect
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
@@ -272,36 +272,44 @@ def rank(loss: str) -> int:
     return [*map(name, VARIANTS), loss].index(loss)
 
 
-_GENERATED = ("__init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__")
-
-
 def code(kind: type) -> str:
     """Eight hexadecimal digits over what a class does: two of one name may differ in it.
 
-    That is the bytes of the file that it comes from, with what it uses there, and its own members;
-    of a class from a notebook's cell the members alone.
+    That is its members, and the functions, classes and plain values of its module that they use:
+    a helper or a constant of a notebook's cell decides too.
     """
-    digest = hashlib.sha256()
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if file and kind.__module__ != "__main__":
-        digest.update(Path(file).read_bytes())
-    for each in kind.__mro__[:-1]:
-        for member, value in sorted(vars(each).items()):
-            value = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            if isinstance(value, FunctionType) and member not in _GENERATED:
-                said = [member, value.__defaults__, value.__kwdefaults__, *_steps(value.__code__)]
-                digest.update(repr(said).encode())
-    return digest.hexdigest()[:8]
+    homes = {each.__module__ for each in kind.__mro__[:-1]}
+    return hashlib.sha256(repr([*_does(kind, homes, [])]).encode()).hexdigest()[:8]
 
 
-def _steps(of: CodeType) -> Iterator[Any]:
-    yield of.co_code
-    yield of.co_names
-    for constant in of.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _steps(constant)
-        else:
-            yield sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+def _does(of: Any, homes: set[str], seen: list[Any]) -> Iterator[Any]:
+    of = getattr(of, "fget", None) or getattr(of, "__func__", of)
+    used: dict[Any, Any] = {}
+    if isinstance(of, (bool, int, float, str, bytes)):
+        yield of
+    elif isinstance(of, (tuple, list)):
+        used = dict(enumerate(of))
+    elif getattr(of, "__module__", None) not in homes or any(of is each for each in seen):
+        return
+    elif isinstance(of, type):
+        used = {k: v for each in of.__mro__[-2::-1] for k, v in vars(each).items()}
+        used = {k: v for k, v in used.items() if callable(v) or not k.startswith("__")}
+    elif isinstance(of, FunctionType):
+        codes = [of.__code__]
+        for each in codes:  # those of functions within join it
+            codes += [x for x in each.co_consts if isinstance(x, CodeType)]
+            loaded = {x.argval for x in dis.get_instructions(each) if x.opname == "LOAD_GLOBAL"}
+            used |= {k: v for k, v in of.__globals__.items() if k in loaded}
+            said = [x for x in each.co_consts if not isinstance(x, CodeType)]
+            said = [sorted(map(repr, x)) if isinstance(x, frozenset) else x for x in said]
+            yield each.co_code, each.co_names, said
+        cells = zip(of.__code__.co_freevars, of.__closure__ or (), strict=True)
+        used |= {k: cell.cell_contents for k, cell in cells}
+        used |= {"": of.__defaults__ or ()} | (of.__kwdefaults__ or {})
+    seen.append(of)
+    for k in sorted(used):
+        yield k
+        yield from _does(used[k], homes, seen)
 
 
 def documented(kind: type) -> dict[str, str]:

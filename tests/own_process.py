@@ -6,9 +6,11 @@ A fork of the test process itself would wait for ever for locks that other threa
 import multiprocessing
 import os
 import resource
+import signal
 from pathlib import Path
 
 from fcse.cli import main
+from fcse.training import train
 
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["fcse.cli", "transformers.models.bert.modeling_bert"])
@@ -38,3 +40,19 @@ def start(arguments, errors: Path, largest_file=None):
     process = CLEAN.Process(target=_main, args=(arguments, str(errors), largest_file))
     process.start()
     return process
+
+
+def _train_until_killed(config, last):
+    def kill(step, encoder):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, kill)
+
+
+def train_until_killed(config, step):
+    """Train in a process that is killed -9 after a step."""
+    process = CLEAN.Process(target=_train_until_killed, args=(config, step))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL

@@ -113,6 +113,63 @@ def test_losses_that_once_shared_a_name(tmp_path, a, b):
     assert first != second
 
 
+CELL = """
+from dataclasses import dataclass
+from fcse.methods import Method, Moments
+
+POWER = 2
+
+def bent(sim):
+    return sim.abs() ** POWER
+
+@dataclass(frozen=True)
+class Bent:
+    temperature: float = 0.05
+    def logits(self, sim, positives):
+        return bent(sim) / self.temperature
+
+class _Warm(Moments):
+    def __init__(self, factor):
+        self.factor = 2 * factor
+    def objective(self, step, objective):
+        return [objective for _ in range(3)][0]
+
+@dataclass(frozen=True)
+class Warm(Method):
+    factor: float = 2.0
+    def begin(self, start):
+        return _Warm(self.factor)
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("POWER = 2", "POWER = 3"),
+        ("return sim.abs()", "return sim.exp()"),
+        ("temperature: float = 0.05", "temperature: float = 0.1"),
+        ("/ self.temperature", "* self.temperature"),
+        ("2 * factor", "3 * factor"),
+        ("range(3)", "range(4)"),
+        ("factor: float = 2.0", "factor: float = 1.0"),
+        ("_Warm(self.factor)", "_Warm(1 / self.factor)"),
+    ],
+)
+def test_classes_of_one_name_that_do_other_things_are_two_rows(tmp_path, part, other):
+    """Defined in a notebook's cell that was changed: all that the class uses there counts."""
+    configs = []
+    for text in (CELL, CELL, CELL.replace(part, other)):
+        cell = {"__name__": "__main__"}
+        exec(text, cell)
+        configs.append(TrainConfig(objective=cell["Bent"](), methods=(cell["Warm"](),)))
+    same, again, changed = configs
+    assert {config.name for config in configs} == {"Bent + Warm"}
+    assert same.run_name == again.run_name != changed.run_name
+    first, second, third = rows(tmp_path, *configs)
+    assert first == second != third
+    assert all(name.startswith("Bent + Warm [code ") for name, _ in (first, third))
+
+
 def test_names_spell_parameters_as_the_code_does():
     focal = FocalInfoNCE(0.1, modulate="negative", stop_gradient=True)
     config = TrainConfig(objective=focal, methods=(SSCL(2), CARDS(neighbours=4)))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from own_process import train_until_killed
+from safetensors.torch import load_file
 from torch import nn
 
 from fcse.methods import Method, Moments
@@ -28,14 +30,16 @@ class _Queue(Moments):
         self.past, self.now = deque(maxlen=batches), None
 
     def loss(self, value, compared):
-        self.now = compared.v.detach()
         return value(compared.more(torch.cat([*self.past])) if self.past else compared)
+
+    def beside(self, compared):
+        self.now = compared.v.detach()
 
     def after_step(self, step):
         self.past.append(self.now)
 
     def state(self):
-        return {str(i): x for i, x in enumerate(self.past)}
+        return {f"past/{i}": x for i, x in enumerate(self.past)}
 
     def restore(self, state):
         self.past.extend(state[name] for name in sorted(state))
@@ -81,7 +85,37 @@ class _Cooling(Moments):
         return replace(objective, temperature=objective.temperature * (1 + self.factor * left))
 
 
-OWN = [Queue(), Predicted(), Cooling()]
+@dataclass(frozen=True)
+class Drift(Method):
+    """Both views are drawn to those of the step before."""
+
+    weight: float = 0.1
+
+    def begin(self, start):
+        return _Drift(self.weight)
+
+
+class _Drift(Moments):
+    def __init__(self, weight):
+        self.weight, self.before, self.now = weight, None, None
+
+    def beside(self, compared):
+        self.now = torch.stack([compared.u, compared.v[: len(compared.u)]])
+        before = self.now.detach() if self.before is None else self.before
+        return self.weight * (self.now - before).square().sum()
+
+    def after_step(self, step):
+        self.before = self.now.detach()
+
+    def state(self):
+        return {"views": self.before, "anchors": self.before[0]}  # one is a part of the other
+
+    def restore(self, state):
+        self.before = state["views"]
+        assert torch.equal(state["anchors"], self.before[0])
+
+
+OWN = [Queue(), Predicted(), Cooling(), Drift()]
 
 
 @pytest.fixture
@@ -107,20 +141,23 @@ def test_it_trains_and_goes_on_after_a_kill(config, tmp_path, method):
     assert again.record["weights"] == whole.record["weights"]
 
 
-def test_the_queue_is_in_the_resume_file(config):
-    def stop(step, encoder):
-        if step == 5:
-            raise KeyboardInterrupt
-
-    config = replace(config, methods=(Queue(),))
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
-    from safetensors.torch import load_file
-
+def test_killed_the_queue_is_in_the_resume_file_and_goes_on(config, tmp_path):
+    config = replace(config, methods=(Queue(), Predicted()))
+    whole = train(replace(config, output=str(tmp_path / "whole")))
+    train_until_killed(config, 5)
     state = load_file(config.folder / "resume/4/state.safetensors")
-    held = [state[f"method/queue/{i}"] for i in range(2)]
+    held = [state[f"method/queue/past/{i}"] for i in range(2)]
     assert all(x.shape == (config.batch_size, 32) for x in held)
     assert not torch.equal(*held)
+    steps = []
+    again = train(config, lambda step, encoder: steps.append(step))
+    assert steps == [5, 6]
+    assert again.losses == whole.losses
+    assert again.record["weights"] == whole.record["weights"]
+    assert not (config.folder / "resume").exists()
+    assert {p.name for p in (config.folder / "model").iterdir()} == {
+        p.name for p in (whole.folder / "model").iterdir()
+    }
 
 
 def test_more_negatives_cost_more(config, tmp_path):

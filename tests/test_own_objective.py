@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from conftest import one_line_refusal
+from own_process import train_until_killed
 
 from fcse import analysis, cli, losses
-from fcse.losses import FocalInfoNCE
-from fcse.objectives import Recorded
+from fcse.config import configured
+from fcse.methods.core_tuning import CoreTuning
+from fcse.methods.sscl import SSCL
+from fcse.objectives import FocalInfoNCE, InfoNCE, Recorded
 from fcse.study.report import load_runs
 from fcse.training import TrainConfig, read_run, train
 from fcse.widgets import AblationPanel
@@ -104,16 +107,35 @@ def test_it_has_a_place_in_the_panel(sim):
 def test_it_trains_and_goes_on_after_a_kill(config, tmp_path):
     whole = train(replace(config, output=str(tmp_path / "whole")))
     assert whole.config.name == "Mine (gamma=0.1)"
-
-    def stop(step, encoder):
-        if step == config.steps - 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
-    again = train(config)
+    train_until_killed(config, 5)
+    steps = []
+    again = train(config, lambda step, encoder: steps.append(step))
+    assert steps == [4, 5, 6]
     assert again.losses == whole.losses
     assert again.record["weights"] == whole.record["weights"]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Settings that JSON gives back as others: a tuple as a list."""
+
+    scales: tuple[float, ...] = (20.0, 30.0)
+    inner: Mine = Mine(0.3)
+
+    def logits(self, sim, positives):
+        return self.inner.logits(sim, positives) * self.scales[0]
+
+
+def test_its_settings_may_be_more_than_numbers(config):
+    config = replace(config, objective=Scaled((10.0, 40.0)), steps=2)
+    run = train(config)
+    assert train(config).losses == run.losses
+    assert run.config.name == read_run(run.folder).config.name
+    assert run.config.settings == read_run(run.folder).config.settings
+    for other in (Scaled((10.0, 50.0)), Scaled((10.0, 40.0), Mine(0.4))):
+        assert TrainConfig(objective=other).name != TrainConfig(objective=config.objective).name
+        with one_line_refusal("another run"):
+            train(replace(config, objective=other))
 
 
 def test_its_run_is_shown_from_the_record_alone(config, capsys):
@@ -129,7 +151,8 @@ def test_its_run_is_shown_from_the_record_alone(config, capsys):
         losses.loss(torch.eye(3), read.config.objective)
     cli.main(["report", str(run.folder)])
     assert "Mine (gamma=0.1)" in capsys.readouterr().out
-    assert not [p for p in run.folder.rglob("*") if p.suffix in (".pkl", ".pt", ".bin")]
+    kept = {".json", ".jsonl", ".safetensors", ".md"}
+    assert {p.suffix for p in run.folder.rglob("*") if p.is_file()} <= kept
 
 
 def test_two_classes_of_one_name_are_two_rows(config, tmp_path):
@@ -154,41 +177,88 @@ def test_rows_that_depend_on_each_other_are_refused(config):
     assert not config.folder.exists()
 
 
-SCRIPT = """
-import sys
+CELL = """
+import json, sys
 from dataclasses import dataclass, replace
-from fcse.config import TrainConfig
-from fcse.widgets import TrainingPanel
+from pathlib import Path
+import torch
+from fcse.training import train
+from fcse.widgets import AblationPanel, TrainingPanel
+
+POWER = 2
 
 @dataclass(frozen=True)
 class Cell:
     gamma: float = 1.0
     def logits(self, sim, positives):
-        return sim * abs(sim) * self.gamma / 0.05
+        return sim * abs(sim) ** POWER * self.gamma / 0.05
 
-if __name__ == "__main__":
-    encoder, corpus = sys.argv[1:]
-    config = TrainConfig(objective=Cell(0.5), encoder=encoder, corpus=corpus, batch_size=8,
-                         steps=3, max_length=16, eval_steps=3, precision="float32")
-    panel = TrainingPanel(lambda: config)
-    panel.start()
-    panel.wait(600)
-    print(panel.message, len(panel.finished[0].losses), panel.finished[0].config.name)
+encoder, corpus, folder = sys.argv[1:]
+panel = AblationPanel(torch.rand(4, 4), list("abcd"), own=[Cell(0.5)])
+panel.set_to("Cell (gamma=0.5)")
+config = replace(panel.config, encoder=encoder, corpus=corpus, batch_size=8, steps=3,
+                 eval_steps=3, max_length=16, precision="float32", checkpoints=False)
+apart = TrainingPanel(lambda: config)
+apart.start()
+apart.wait(600)
+assert "Trained" in apart.message, apart.message
+here = train(replace(config, output=folder))
+said = {"apart": apart.finished[0].losses, "here": here.losses, "name": config.name}
+apart.start()  # this class is the one whose run is there
+Path(folder, "said.json").write_text(json.dumps(said | {"again": apart.message}))
+"""
+READER = """
+import sys
+loaded = []
+sys.addaudithook(lambda event, of: loaded.append(of) if event == "pickle.find_class" else None)
+from fcse import cli, losses
+from fcse.study.report import load_runs
+from fcse.training import read_run
+import torch
+folder = sys.argv[1]
+run = read_run(folder)
+print("read", run.config.name, run.losses, run.encoder.encode(["A text."]).shape)
+cli.main(["report", folder])
+assert not loaded, loaded
+losses.loss(torch.eye(3), run.config.objective)
 """
 
 
-def test_one_from_a_cell_reaches_the_panels_process(config, tmp_path):
+def test_one_from_a_cell_trains_in_the_panels_process_and_is_shown_without_its_class(
+    config, tmp_path
+):
     """As in a notebook, the class lives in `__main__`, where no other process finds it."""
-    script = tmp_path / "cell.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(config.encoder), str(config.corpus)],
-        env=os.environ | {"FCSE_RUNS": str(tmp_path / "runs")},
-        capture_output=True,
-        text=True,
-        timeout=900,
+
+    def script(name, text, *arguments):
+        (tmp_path / name).write_text(text)
+        return subprocess.run(
+            [sys.executable, tmp_path / name, *map(str, arguments)],
+            env=os.environ | {"FCSE_RUNS": str(tmp_path / "runs")},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+
+    folder = tmp_path / "here"
+    done = script("cell.py", CELL, config.encoder, config.corpus, folder)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((folder / "said.json").read_text())
+    assert said["apart"] == said["here"]
+    assert len(said["here"]) == 3
+    assert said["name"] == "Cell (gamma=0.5)"
+    assert said["again"] == "This run was there already: it is in the table."
+    (trained,) = (tmp_path / "runs").glob("cell-seed0-*")
+    settings = [json.loads((path / "run.json").read_text())["config"] for path in (trained, folder)]
+    assert settings[0] == settings[1]
+
+    done = script("reader.py", READER, trained)
+    read, *report = done.stdout.splitlines()
+    assert read == f"read Cell (gamma=0.5) {said['here']} (1, 32)"
+    assert any(line.startswith("Lee ") and " Cell (gamma=0.5) " in line for line in report)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "InputError: Cell (gamma=0.5) is known by its record only: define it again to use it"
     )
-    assert "Trained: it is in the table. 3 Cell (gamma=0.5)" in done.stdout, done.stderr
 
 
 def test_what_is_no_objective_is_one_line():
@@ -196,3 +266,24 @@ def test_what_is_no_objective_is_one_line():
         TrainConfig(objective=Mine)
     with one_line_refusal("unknown objective 'triplet'"):
         TrainConfig(objective="triplet")
+
+
+def test_its_parameters_are_its_own():
+    """A flag beside it says nothing about it; its own settings go by its name."""
+    config = TrainConfig(objective=Mine(0.1))
+    for name in ("temperature", "m", "alpha"):
+        with one_line_refusal(rf"{name} beside the objective Mine \(gamma=0\.1\)"):
+            configured(config, {name: 0.2})
+    assert configured(config, {"mine.temperature": 1, "sscl.layers": 2}) == TrainConfig(
+        objective=Mine(0.1, 1.0), methods=(SSCL(2),)
+    )
+    with one_line_refusal("mine.gamma must be a number, got 'x'"):
+        configured(config, {"mine.gamma": "x"})
+    plain = configured(config, {"objective": "info_nce", "temperature": 0.2})
+    assert plain == TrainConfig(objective=InfoNCE(0.2))
+
+
+def test_it_goes_with_the_kits_methods(config):
+    run = train(replace(config, objective=Mine(0.1), methods=(SSCL(2), CoreTuning(mixing=False))))
+    assert run.config.name == "Mine (gamma=0.1) + Core-tuning (mixing=False) + SSCL (layers=2)"
+    assert read_run(run.folder).config.methods == run.config.methods

@@ -52,7 +52,8 @@ def pack(
     for process, random_state in enumerate(random_states):
         tensors |= {f"random/{process}/{kind}": x for kind, x in random_state.items()}
     for key, method in acting.items():
-        tensors |= {f"method/{key}/{name}": x for name, x in method.state().items()}
+        # Copies: the file takes no two tensors that share memory, such as both views of a batch.
+        tensors |= {f"method/{key}/{name}": x.clone() for name, x in method.state().items()}
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     return State(progress.step, tensors, asdict(progress))
 
@@ -83,8 +84,8 @@ def unpack(
                 moments[int(i)][name] = x
             case ["random", process, kind] if int(process) == now.process_index:
                 random_state[kind] = x
-            case ["method", key, name]:
-                remembered[key][name] = x
+            case ["method", key, *name]:
+                remembered[key]["/".join(name)] = x
     trained.load_state_dict(weights)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(moments)})
     for key, method in acting.items():
