@@ -1,5 +1,6 @@
 """Runs: repeatable to the bit, recorded, reused, never overwritten; and what is refused."""
 
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -15,7 +16,7 @@ from fcse.encoder.sentence_encoder import weights_hash
 from fcse.errors import InputError
 from fcse.objectives import FocalInfoNCE
 from fcse.recipes import recipe
-from fcse.training import load_run, read_run, train
+from fcse.training import load_run, loop, read_run, train
 from fcse.training.loop import resolve_precision
 
 
@@ -24,6 +25,10 @@ def config(tiny_config, tmp_path, sentences):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(sentences[:40]), encoding="utf-8")
     return tiny_config(tmp_path / "run", corpus=str(corpus))
+
+
+def test_the_loop_is_one_function_of_at_most_a_hundred_lines():
+    assert len(inspect.getsource(loop._train).splitlines()) <= 100
 
 
 def lines(folder):
