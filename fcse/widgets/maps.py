@@ -48,29 +48,12 @@ class MapExplorer:
         # Grey points lie beneath, wherever they come in the corpus.
         order = np.argsort(self._table["group"] != plots.OTHERS, kind="stable")
         placed = {t: self._table.assign(x=xy[:, 0], y=xy[:, 1]) for t, xy in maps.items()}
-        self.scatters = {
-            title: jscatter.Scatter(
-                "x",
-                "y",
-                data=table,
-                color_by="group",
-                color_map=colours,
-                color_selected="black",
-                size=4,
-                opacity=0.7,
-                opacity_by=None,
-                opacity_unselected=0.15,
-                order_by=order,
-                axes=False,
-                tooltip=True,
-                tooltip_properties=["article"],
-                tooltip_histograms=False,
-                tooltip_preview="sentence",
-                tooltip_preview_text_lines=8,
-                tooltip_size="medium",
-            )
-            for title, table in placed.items()
-        }
+        points = {"size": 4, "opacity": 0.7, "opacity_by": None, "opacity_unselected": 0.15}
+        self.scatters = {t: jscatter.Scatter("x", "y", data=x, **points) for t, x in placed.items()}
+        hover = {"properties": ["article"], "preview": "sentence", "preview_text_lines": 8}
+        for scatter in self.scatters.values():
+            scatter.color(by="group", map=colours, selected="black").order(by=order).axes(False)
+            scatter.tooltip(True, histograms=False, size="medium", **hover)
         look = labelled("select a group", "9em")
         self.group = widgets.Dropdown(options=["", *colours], **look)
         look = labelled("select by word", "9em")
@@ -78,13 +61,9 @@ class MapExplorer:
         self._list = widgets.HTML()
         self.group.observe(self._select_group, names="value")
         self.word.observe(self._select_word, names="value")
-        plane = jscatter.compose(
-            [(scatter, title) for title, scatter in self.scatters.items()],
-            sync_view=True,
-            sync_selection=True,
-            sync_hover=True,
-            row_height=420,
-        )
+        titled = [(scatter, title) for title, scatter in self.scatters.items()]
+        sync = {"sync_view": True, "sync_selection": True, "sync_hover": True}
+        plane = jscatter.compose(titled, row_height=420, **sync)
         self._first.widget.observe(lambda _: self._show(), names="selection")
         self._show()
         marks = [

@@ -30,34 +30,17 @@ class TrajectoryPlane:
         )
         # Room around the points, for the lines to be seen.
         self._x, self._y = (_padded(path[column]) for column in ("uniformity", "alignment"))
-        self.scatter = jscatter.Scatter(
-            "uniformity",
-            "alignment",
-            data=table,
-            x_scale=self._x,
-            y_scale=self._y,
-            color_by="loss",
-            color_map=colours,
-            size=9,
-            opacity=1,
-            opacity_by=None,
-            connect_by="loss",
-            connect_order="step",
-            connect_straight=True,
-            connection_color_by="loss",
-            connection_color_map=list(colours.values()),
-            connection_opacity=0.7,
-            connection_size=3,
-            axes_labels=["uniformity (lower is better)", "alignment (lower is better)"],
-            axes_grid=False,
-            legend=True,
-            legend_size="medium",
-            tooltip=True,
-            tooltip_properties=["color", "step", "Lee: Spearman × 100", "x", "y"],
-            tooltip_histograms=False,
-            tooltip_size="medium",
-            height=460,
-        )
+        area = {"x_scale": self._x, "y_scale": self._y, "height": 460}
+        points = {"data": table, "size": 9, "opacity": 1, "opacity_by": None}
+        self.scatter = jscatter.Scatter("uniformity", "alignment", **area, **points)
+        self.scatter.color(by="loss", map=colours)
+        self.scatter.connect(by="loss", order="step", straight=True)
+        self.scatter.connection_color(by="loss", map=list(colours.values()))
+        self.scatter.connection_opacity(0.7).connection_size(3)
+        labels = ["uniformity (lower is better)", "alignment (lower is better)"]
+        self.scatter.axes(labels=labels, grid=False).legend(True, size="medium")
+        shown = ["color", "step", "Lee: Spearman × 100", "x", "y"]
+        self.scatter.tooltip(True, properties=shown, histograms=False, size="medium")
         look = labelled("weight of uniformity w", "12em", "32em")
         self.weight = widgets.FloatSlider(1.0, min=0, max=2, step=0.05, **look)
         self._facts = widgets.HTML()
