@@ -198,9 +198,8 @@ def likely_false_negatives(
 ) -> pd.DataFrame:
     """Pairs of a batch that count as negatives and may well not be: alike, and of one label.
 
-    Args:
-        sim, labels: of N sentences; a label is such as the article that one comes from.
-        quantile: 0 to 1; a pair is alike if its similarity reaches this quantile of all pairs.
+    A label is such as the article that a sentence comes from; a pair is alike if its similarity
+    reaches this quantile (0 to 1) of all pairs.
 
     Returns: One row a pair, most similar first: "i" < "j" (rows of `sim`), "similarity" (the mean
     of s_ij and s_ji, which differ by dropout).
@@ -294,11 +293,9 @@ def aligned_maps(
     All maps are laid out at once, with a term that holds each sentence near its place on the maps
     beside (`umap.AlignedUMAP`), so that what has moved was moved by the model.
 
-    Args:
-        embeddings: name of a model -> (n, D) float; row i is the same sentence in all. Models
-            next to each other in the mapping are held together.
-        n_neighbors: neighbours by cosine that a map keeps together.
-        seed: equal seeds give equal maps.
+    embeddings: name of a model -> (n, D) float; row i is the same sentence in all, and models next
+    to each other are held together. n_neighbors: neighbours by cosine that a map keeps together.
+    Equal seeds give equal maps.
 
     Returns: Name -> (n, 2) float32. A single model gets its `umap_map`. Memory: 4 n^2 bytes a
     model.

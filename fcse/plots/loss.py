@@ -103,12 +103,9 @@ def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Pictur
     matrices: title -> (N, N) float; NaN is left blank. label: what a cell holds, with its unit.
     """
     figure, axes = new_axes(len(matrices), width=4.4, height=4.0)
-    scale = {
-        "vmin": min(np.nanmin(x) for x in matrices.values()),
-        "vmax": max(np.nanmax(x) for x in matrices.values()),
-        "cmap": "cividis",
-        "cbar_kws": {"label": label},
-    }
+    low = min(np.nanmin(x) for x in matrices.values())
+    high = max(np.nanmax(x) for x in matrices.values())
+    scale = {"vmin": low, "vmax": high, "cmap": "cividis", "cbar_kws": {"label": label}}
     figure.alt = f"{label[0].upper()}{label[1:]} of each anchor and candidate."
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         last = axis is axes[-1]

@@ -29,10 +29,8 @@ def train_objectives(config: TrainConfig) -> dict[str, TrainResult]:
 def pick_runs(source: str | Path = SHORT) -> dict[str, TrainResult]:
     """What a notebook looks at: fresh short runs, a run that is there, or any encoder.
 
-    Args:
-        source: the name of a recipe: it is trained with both objectives, or loaded where that was
-            done; a run folder; or the name or folder of an encoder, which stands for a run of no
-            steps.
+    source: the name of a recipe, which is trained with both objectives, or loaded where that was
+    done; a run folder; or the name or folder of an encoder, which stands for a run of no steps.
 
     Returns: Name of the loss ("chosen encoder" for one without training) -> run. InputError: as in
     `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`.
@@ -78,10 +76,7 @@ def histories(runs: Mapping[str, TrainResult]) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def trajectories(runs: Mapping[str, TrainResult]) -> pd.DataFrame:
-    """Every scoring of every run on Lee's documents.
-
-    Columns "name", "step", "alignment", "uniformity", "score" (100 x Spearman).
-    """
+    """Every run's scorings on Lee: "name", "step", "alignment", "uniformity", "score"."""
     table = histories(runs)[1].rename(columns={"lee": "score"})
     table = table.rename(columns=lambda c: c.removeprefix("lee_"))
     return table[["name", "step", "alignment", "uniformity", "score"]].reset_index(drop=True)
@@ -141,23 +136,19 @@ def draw(
     table: pd.DataFrame, runs: dict[str, TrainResult], untrained: SentenceEncoder, folder: Path
 ) -> None:
     """Write the figures of `study`, each with the CSV behind it."""
-    plots.save(plots.scores(table), table, folder / "scores")
-
     losses, evaluations = histories(runs)
     merged = losses.merge(evaluations, on=["name", "step"], how="outer", sort=True)
-    plots.save(plots.training(losses, evaluations), merged, folder / "training")
-
     path = trajectories(runs).drop(columns="score")
-    plots.save(plots.plane(path), path, folder / "alignment_uniformity")
-
-    curves = analysis.curves()
-    plots.save(plots.pull_curves(curves), curves, folder / "pull_curves")
-
     config = next(iter(runs.values())).config
     batch = data.spread(data.load_corpus(config.corpus), config.batch_size)
     sim = analysis.batch_similarities(untrained, batch, config.max_length, config.seed)
-    deciles = analysis.pull_by_decile(sim)
-    plots.save(plots.pull_by_decile(deciles), deciles, folder / "pull_by_decile")
-
-    points = beside_published()
-    plots.save(plots.beside_published(points, SIMCSE_50_SEEDS), points, folder / "published")
+    curves, deciles, points = analysis.curves(), analysis.pull_by_decile(sim), beside_published()
+    for name, picture, numbers in (
+        ("scores", plots.scores(table), table),
+        ("training", plots.training(losses, evaluations), merged),
+        ("alignment_uniformity", plots.plane(path), path),
+        ("pull_curves", plots.pull_curves(curves), curves),
+        ("pull_by_decile", plots.pull_by_decile(deciles), deciles),
+        ("published", plots.beside_published(points, SIMCSE_50_SEEDS), points),
+    ):
+        plots.save(picture, numbers, folder / name)

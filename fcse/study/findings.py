@@ -171,11 +171,8 @@ def _corrected(family: Sequence[dict[str, object]]) -> list[dict[str, object]]:
 def without_and_with(gains: pd.DataFrame) -> pd.DataFrame:
     """What each method gains over InfoNCE, and with the modulation over Focal-InfoNCE.
 
-    Args:
-        gains: `contrasts` of a study of methods, on one corpus.
-
-    Returns: One row a method (or the modulation itself), columns (score, baseline) of texts as of
-    `written`; "" where it did not run that way.
+    gains: `contrasts` of methods on one corpus. Returns: One row a method (or the modulation
+    itself), columns (score, baseline) of texts as of `written`; "" where it did not run that way.
     """
     pairs = zip(gains["baseline"], gains["name"], strict=True)
     methods = [loss.removeprefix(f"{baseline} + ") for baseline, loss in pairs]
@@ -205,10 +202,8 @@ def shown(gains: pd.DataFrame, baseline: str, loss: str, sign: int = 1) -> pd.Se
 def verdicts(hypotheses: Mapping[str, pd.Series]) -> pd.DataFrame:
     """Hypotheses kept or dropped: kept where one holds everywhere it was looked at.
 
-    Args:
-        hypotheses: what is claimed -> bool, indexed by where: a corpus, a step, a setting.
-
-    Returns: One row each: "hypothesis", "verdict" (kept or dropped), "holds_at" (as text).
+    hypotheses: what is claimed -> bool, indexed by where: a corpus, a step, a setting. Returns: One
+    row each: "hypothesis", "verdict" (kept or dropped), "holds_at" (as text).
     """
     rows = [
         (said, "kept" if len(x) and x.all() else "dropped", ", ".join(map(str, x.index[x])) or "-")
@@ -222,14 +217,9 @@ def means(
 ) -> pd.DataFrame:
     """Mean of a score over seeds for each loss and setting.
 
-    Args:
-        table: from `read_study`.
-        settings: columns that vary.
-        score: a column of scores.
-        by: "name" of the loss; or "objective", where the settings are of the objective itself.
-
-    Returns: Columns `by`, the settings (NaN where a loss does not have one), "score", "low", "high"
-    (the lowest and the highest seed), "seeds".
+    by: "name" of the loss; or "objective", where the settings are of the objective itself. Returns:
+    Columns `by`, the settings that vary (NaN where a loss does not have one), "score", "low",
+    "high" (the lowest and the highest seed), "seeds".
     """
     grouped = table.groupby([by, *settings], dropna=False)[score]
     found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
@@ -251,11 +241,7 @@ def random_batches(count: int = 8, size: int = 64, seed: int = 0) -> list[tuple[
 
 
 def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -> pd.DataFrame:
-    """What a run's own loss does to fixed batches in each state whose weights there are.
-
-    Args:
-        run: its checkpoints make the path finer.
-        batches: from `random_batches`.
+    """What a run's own loss does to `random_batches` in each state whose weights there are.
 
     Returns: One row a state, each number a mean over batches: "name" of the loss, "seed", "step",
     and the columns of `analysis.effects`. InputError: the run has a method that acts on more than
@@ -277,13 +263,9 @@ def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -
 def take_over(folder: Path, runs: Path) -> None:
     """Renew the study's tables from what its grids and `fcse study` left behind.
 
-    Args:
-        folder: with the grids' TOML files; NAME.csv is written beside NAME.toml.
-        runs: NAME/results.csv is taken where it is there; where NAME/runs holds weights of states
-            along training, `along_training` measures them; study/scores.csv is taken too, where
-            STS-B was at hand.
-
-    InputError: nothing of that is there, or a table cannot be written.
+    For each NAME.toml in the folder, NAME.csv is renewed from NAME/results.csv under `runs`; states
+    along training whose weights are there are measured; study/scores.csv is taken, where STS-B was
+    at hand. InputError: nothing of that is there, or a table cannot be written.
     """
     names = [path.stem for path in sorted(folder.glob("*.toml"))]
     known = [name for name in names if is_file(runs / name / "results.csv")]
@@ -308,9 +290,8 @@ def take_over(folder: Path, runs: Path) -> None:
 def draw(folder: Path) -> dict[str, pd.DataFrame]:
     """Draw the figures of the repository from the study's tables, each beside its numbers.
 
-    Args:
-        folder: holds scores.csv, surface.csv, batch_size.csv, along_training.csv and the tables of
-            `RATES` and `CONTRASTS`; what is not there is left out. The published scores need none.
+    The folder holds scores.csv, surface.csv, batch_size.csv, along_training.csv and the tables of
+    `RATES` and `CONTRASTS`; what is not there is left out. The published scores need none.
 
     Returns: Name -> table: "chosen", "learning_rate", "batch_size", "surface", "along_training",
     "scores" and the names of `CONTRASTS`. InputError: none of them is there, a table that is none

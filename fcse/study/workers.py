@@ -30,10 +30,7 @@ from fcse.training import apart, run_folder, train
 
 
 def load_tasks(names: Sequence[str]) -> list[SentencePairs]:
-    """The judged pairs of each task, under the name from `TASKS`.
-
-    InputError: as in `data.load_sts`.
-    """
+    """The judged pairs of each task, under the name from `TASKS`; errors of `data.load_sts`."""
     tasks = []
     for name in names:
         task, _, split = name.partition("-")
@@ -65,10 +62,8 @@ def run_grid(grid: Grid, workers: int | None = None, keep_models: bool = False) 
     kept beside its folder as NAME.log, and the others go on. Runs end with the process that
     called, however that ends, and go on from their last state when it is called again.
 
-    Args:
-        grid: from `read_grid`.
-        workers: runs at a time, >= 1, over the GPUs in turn; by default one a GPU, else one.
-        keep_models: keep the weights of the runs made now.
+    workers: runs at a time, >= 1, over the GPUs in turn; by default one a GPU, else one.
+    keep_models: keep the weights of the runs made now.
 
     Returns: `results` of the grid's folder. InputError: data of a task that is missing, a folder
     that another study works in or that cannot be written, or, after all others are done, runs that
@@ -170,10 +165,7 @@ def _gpus() -> list[str]:
 
 
 def check_workers(workers: int | None) -> int:
-    """How many runs go on at a time: as asked, else one a GPU, else one.
-
-    InputError: fewer than one was asked for.
-    """
+    """How many runs go on at a time: as asked (InputError: below 1), else one a GPU, else one."""
     if workers is not None and workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     return workers or len(_gpus()) or 1

@@ -219,12 +219,8 @@ class AblationPanel:
         self._rest = slope.axvline(0, animated=True, **dotted)
         logit.set(ylabel="logit", ylim=(-25, 30))
         slope.set(ylabel="slope, d logit / d s", ylim=(-50, 60))
-        share.set(
-            xlabel="decile of similarity (10 = hardest)",
-            ylabel="share of the pull on negatives [%]",
-            xticks=range(1, 11),
-            ylim=(0, 100),
-        )
+        share.set(ylabel="share of the pull on negatives [%]", ylim=(0, 100))
+        share.set(xlabel="decile of similarity (10 = hardest)", xticks=range(1, 11))
         lines = [*self._lines["slope"], self._rest]
         figure.legend(handles=lines, loc="outside upper left", ncols=4)
         self._canvas.draw()
@@ -265,11 +261,10 @@ class AblationPanel:
         self, reference: pd.DataFrame, chosen: pd.DataFrame, shares: Any, rest: float | None
     ) -> None:
         self._canvas.restore_region(self._background)
-        for column, (plain, positive, negative) in self._lines.items():
-            plain.set_data(reference["similarity"], reference[column])
-            positive.set_data(chosen["similarity"], chosen[f"positive_{column}"])
-            negative.set_data(chosen["similarity"], chosen[column])
-            for line in (plain, positive, negative):
+        for column, lines in self._lines.items():
+            values = (reference[column], chosen[f"positive_{column}"], chosen[column])
+            for line, y in zip(lines, values, strict=True):
+                line.set_data(reference["similarity"], y)
                 line.axes.draw_artist(line)
         for bars, share in zip(self._bars, shares, strict=True):
             for bar, height in zip(bars, share, strict=True):

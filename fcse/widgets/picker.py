@@ -37,13 +37,10 @@ class _Picker(ABC, Generic[Runs]):
     def __init__(
         self, source: str, options: Mapping[str, str], named: str, field: str, placeholder: str
     ) -> None:
-        """Build the picker.
+        """Build the picker with `source` picked.
 
-        Args:
-            source: what is picked at first.
-            options: label -> source; the first one stands for fresh runs.
-            named: label of what the field holds.
-            field, placeholder: label of the field, and what it says while it is empty.
+        options: label -> source; the first one stands for fresh runs. named: label of what the
+        field holds. field, placeholder: its own label, and what it says while it is empty.
         """
         self.source = source
         self._fresh = next(iter(options.values()))
@@ -126,12 +123,9 @@ class SeedsPicker(_Picker[pd.DataFrame]):
     def __init__(
         self, folder: str | Path | None = None, recipe: str = SHORT, seeds: Sequence[int] = (0,)
     ) -> None:
-        """Build the picker.
+        """Build the picker with a folder picked, or fresh runs.
 
-        Args:
-            folder: what is picked at first; None: fresh runs.
-            recipe: runs that started from this one count, and fresh ones do.
-            seeds: of each loss.
+        recipe: runs that started from this one count, and fresh ones do. seeds: of each loss.
         """
         self._recipe, self._seeds = recipe, list(seeds)
         self._named = ", ".join(map(str, seeds))

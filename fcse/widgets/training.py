@@ -200,7 +200,9 @@ class TrainingPanel:
         self.live = None
         if run.folder not in [each.folder for each in self.finished]:
             self.finished.append(run)
-        self._table.value = _comparison_html(self.finished)
+        with pd.option_context("display.max_colwidth", None):  # names of losses are not cut
+            table = comparison(self.finished).to_html(index=False, border=0, float_format="%.1f")
+        self._table.value = f"{table}<p>{_NOTE}</p>"
         self._draw()
 
     def _draw(self) -> None:
@@ -301,14 +303,12 @@ def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> t
         handles, labels = losses.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False)
     canvas.draw()
-    said = [f"{label}: {_in_words(run)}" for label, run, _ in runs]
-    return encode(canvas), "Loss and Lee score over the steps. " + " ".join(said)
-
-
-def _in_words(run: Progress) -> str:
-    loss = f", loss {run.losses[-1]:.4f}" if run.losses else ""
-    lee = f", Lee {run.evaluations[-1]['lee']:.1f}" if run.evaluations else ""
-    return f"{_steps(len(run.losses))}{loss}{lee}."
+    alt = "Loss and Lee score over the steps."
+    for label, run, _ in runs:
+        loss = f", loss {run.losses[-1]:.4f}" if run.losses else ""
+        lee = f", Lee {run.evaluations[-1]['lee']:.1f}" if run.evaluations else ""
+        alt += f" {label}: {_steps(len(run.losses))}{loss}{lee}."
+    return encode(canvas), alt
 
 
 def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
@@ -324,10 +324,3 @@ def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
         rows.append((number, *names, config.seed, config.steps, before["lee"], after["lee"]))
     columns = ["run", "loss", "encoder", "corpus", "seed", "steps", "Lee before", "Lee after"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _comparison_html(runs: Sequence[Progress]) -> str:
-    """The comparison with a word on what it is worth, as HTML."""
-    with pd.option_context("display.max_colwidth", None):  # names of losses are not cut
-        table = comparison(runs).to_html(index=False, border=0, float_format="{:.1f}".format)
-    return f"{table}<p>{_NOTE}</p>"
