@@ -58,11 +58,9 @@ def curve(objective: Any, columns: Columns = PLAIN, points: int = 201) -> pd.Dat
     """
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
     logit, slope = _of_each(s, objective, columns)
-    found = {"similarity": s.numpy()}
-    for prefix, diagonal in (("", points), ("positive_", 0)):
-        found[f"{prefix}logit"] = logit.diagonal(diagonal).numpy()
-        found[f"{prefix}slope"] = slope.diagonal(diagonal).numpy()
-    return pd.DataFrame(found)
+    found = {"similarity": s, "logit": logit.diagonal(points), "slope": slope.diagonal(points)}
+    found |= {"positive_logit": logit.diagonal(), "positive_slope": slope.diagonal()}
+    return pd.DataFrame({column: x.numpy() for column, x in found.items()})
 
 
 def _of_each(s: Tensor, objective: Any, columns: Columns) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ DEV = "STSBenchmark-dev"
 """What settings are chosen by."""
 RATES = ("learning_rate", "method_rates")
 """Tables that a learning rate is chosen from."""
+PLAIN, FOCAL = name_of(InfoNCE()), name_of(FocalInfoNCE())
 CONTRASTS = {
     "contrasts": (("comparison", "second_corpus"), ("avg", "Lee"), "gains"),
     "methods": (("methods",), ("STSBenchmark", "Lee"), "method_gains"),
@@ -71,13 +72,12 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     those of `VARIANTS`, with an InfoNCE at another one, the fair opponent whose temperature was
     chosen on the dev split; and every loss with methods with the same one without.
     """
-    plain, focal = name_of(InfoNCE()), name_of(FocalInfoNCE())
-    variants = {*map(name_of, VARIANTS)} - {focal}
+    variants = {*map(name_of, VARIANTS)} - {FOCAL}
     names = sorted(dict.fromkeys(names), key=lambda each: (rank(alone(each)), rank(each), each))
     objectives = [each for each in names if alone(each) == each]
-    opponents = [each for each in objectives if each.startswith(f"{plain} (")]
-    whole = [each for each in objectives if each.split(" (")[0] == focal and each not in variants]
-    found = [(plain, each) for each in objectives if each != plain]
+    opponents = [each for each in objectives if each.startswith(f"{PLAIN} (")]
+    whole = [each for each in objectives if each.split(" (")[0] == FOCAL and each not in variants]
+    found = [(PLAIN, each) for each in objectives if each != PLAIN]
     found += [(opponent, each) for opponent in opponents for each in whole]
     return found + [(alone(each), each) for each in names if alone(each) != each]
 
@@ -131,17 +131,16 @@ def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
     `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain with the modulation.
     The methods on one score are a family. InputError: as in `contrasts`.
     """
-    plain, focal = name_of(InfoNCE()), name_of(FocalInfoNCE())
     rows = []
     for score in scores:
         by_seed = table.pivot_table(index="seed", columns="name", values=score)
         found = []
         for loss in by_seed:
-            method = loss.removeprefix(f"{plain} + ")
-            both = f"{focal} + {method}"
+            method = loss.removeprefix(f"{PLAIN} + ")
+            both = f"{FOCAL} + {method}"
             if method != loss and both in by_seed:
-                without = by_seed[loss] - by_seed[plain]
-                beside = by_seed[both] - by_seed[focal]
+                without = by_seed[loss] - by_seed[PLAIN]
+                beside = by_seed[both] - by_seed[FOCAL]
                 found.append({"score": score, "method": method} | _paired(without, beside))
         rows += _corrected(found)
     return pd.DataFrame(rows)

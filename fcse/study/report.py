@@ -59,16 +59,13 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
     return runs.drop(columns="order")
 
 
-def _told_apart(configs: Sequence[TrainConfig]) -> list[str]:
+def _told_apart(configs: Sequence[TrainConfig]) -> pd.Series:
     """The names of losses, with what their classes do where one name stands for several."""
-    code = [
-        ", ".join(str(v) for k, v in config.settings.items() if k.endswith(".code"))
-        for config in configs
-    ]
-    named = [config.name for config in configs]
-    pairs = {*zip(named, code, strict=True)}
-    several = {name for name in named if sum(name == other for other, _ in pairs) > 1}
-    return [f"{n} [code {c}]" if n in several else n for n, c in zip(named, code, strict=True)]
+    settings = (config.settings.items() for config in configs)
+    code = [", ".join(str(v) for k, v in each if k.endswith(".code")) for each in settings]
+    table = pd.DataFrame({"name": [config.name for config in configs], "code": code})
+    several = table.groupby("name")["code"].transform("nunique") > 1
+    return table["name"].mask(several, table["name"] + " [code " + table["code"] + "]")
 
 
 def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFrame:

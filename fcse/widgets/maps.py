@@ -54,6 +54,7 @@ class MapExplorer:
         for scatter in self.scatters.values():
             scatter.color(by="group", map=colours, selected="black").order(by=order).axes(False)
             scatter.tooltip(True, histograms=False, size="medium", **hover)
+        self._first = next(iter(self.scatters.values())).widget
         look = labelled("select a group", "9em")
         self.group = widgets.Dropdown(options=["", *colours], **look)
         look = labelled("select by word", "9em")
@@ -64,7 +65,7 @@ class MapExplorer:
         titled = [(scatter, title) for title, scatter in self.scatters.items()]
         sync = {"sync_view": True, "sync_selection": True, "sync_hover": True}
         plane = jscatter.compose(titled, row_height=420, **sync)
-        self._first.widget.observe(lambda _: self._show(), names="selection")
+        self._first.observe(lambda _: self._show(), names="selection")
         self._show()
         marks = [
             f"<span style='color:{colour}; font-size:150%'>●</span> {html.escape(name)}"
@@ -78,21 +79,17 @@ class MapExplorer:
     @property
     def selection(self) -> np.ndarray:
         """Rows of the selected sentences, ascending: (k,) int."""
-        chosen = self._first.widget.selection
+        chosen = self._first.selection
         return np.sort(np.asarray([] if chosen is None else chosen, dtype=int))
 
     def select(self, rows: Sequence[int] | np.ndarray) -> None:
         """Select sentences by their rows, in every map."""
-        self._first.widget.selection = np.asarray(rows, dtype=np.uint32)
+        self._first.selection = np.asarray(rows, dtype=np.uint32)
 
     @property
     def selected(self) -> pd.DataFrame:
         """The selected sentences: columns "article", "sentence"."""
         return self._table.loc[self.selection, ["article", "sentence"]]
-
-    @property
-    def _first(self) -> jscatter.Scatter:
-        return next(iter(self.scatters.values()))
 
     def _select_group(self, change: dict) -> None:
         self.select(np.flatnonzero(self._table["group"] == change["new"]))
