@@ -3,8 +3,7 @@
 Settings are known by flat names, the same on the command line, in TOML and in a run's record: the
 fields of `TrainConfig`, an objective's parameters (`temperature`, `m`), and a method's settings
 behind its key (`sscl.layers`). `objective` names the objective and the methods that are on, joined
-by "+": focal_info_nce+sscl.
-"""
+by "+": focal_info_nce+sscl."""
 
 import hashlib
 import json
@@ -31,8 +30,7 @@ PARAMETERS = {f.name: kind for kind in OBJECTIVES.values() for f in fields(kind)
 class TrainConfig:
     """Everything that decides a run; two runs with equal fields and versions are the same run.
 
-    InputError: a field is out of its range, or two do not go together.
-    """
+    InputError: a field is out of its range, or two do not go together."""
 
     recipe: str | None = None
     """Name of the recipe the other fields started from; a label, see `fcse.recipes`."""
@@ -115,8 +113,7 @@ class TrainConfig:
     def settings(self) -> dict[str, Any]:
         """The config by flat names, as TOML and a run's record have it; all but the folder.
 
-        A reader's own class has its printed name and a digest of what it does beside its fields.
-        """
+        A reader's own class has its printed name and a digest of what it does beside its fields."""
         found: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -146,8 +143,7 @@ class TrainConfig:
     def run_name(self) -> str:
         """A folder name that is the same for equal identities only.
 
-        Settings at their defaults have no part in it, so that one added later renames no run.
-        """
+        Settings at their defaults have no part in it, so that one added later renames no run."""
         identity = self.identity
         objective, on = parse(_known(self))
         usual = {f.name: f.default for f in fields(self)}
@@ -208,8 +204,7 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
         given: flat name -> value; a method's settings may also be a mapping under its key.
 
     InputError: an unknown name, a value of the wrong type or out of range, or a parameter beside an
-    objective that is a value and has its own.
-    """
+    objective that is a value and has its own."""
     flat: dict[str, Any] = {}
     for name, value in given.items():
         inner = value.items() if isinstance(value, Mapping) else None
@@ -255,8 +250,7 @@ def typed(said: str, kind: type, name: str, value: Any) -> Any:
     """A value as the field of a dataclass takes it: whole numbers become floats where meant.
 
     said: what the user called the field `name` of the dataclass `kind`. InputError: no such field,
-    or a value of another type.
-    """
+    or a value of another type."""
     every = get_type_hints(kind)
     hints = {f.name: every[f.name] for f in fields(kind) if f.name != "methods"}
     if name not in hints:
@@ -313,8 +307,7 @@ def recorded(record: Mapping[str, Any]) -> TrainConfig:
     """The config of a run from its record, also one written before methods had settings.
 
     Classes that are not the kit's become `Recorded`. InputError, TypeError or KeyError: the record
-    is none.
-    """
+    is none."""
     record = dict(record)
     if OLD.keys() & record.keys():
         objective = record["objective"]

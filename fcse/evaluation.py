@@ -28,8 +28,7 @@ def embed_pairs(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each task u, v: unit-length embeddings (n, D) float32 of both sides, row i of pair i.
 
-    Each distinct sentence is encoded once.
-    """
+    Each distinct sentence is encoded once."""
     row: dict[str, int] = {}
     for pairs in tasks:
         for sentence in (*pairs.left, *pairs.right):
@@ -50,8 +49,7 @@ def aggregate_spearman(
 
     "all": one correlation over all pairs of all parts, what SimCSE and its successors report.
     "mean": mean of the parts' correlations; "wmean": the same weighted by their pairs. For a task
-    of one part all three are the same.
-    """
+    of one part all three are the same."""
     if aggregate == "all":
         return 100 * spearman(similarity, pairs.gold)
     parts = subset_scores(similarity, pairs).values()
@@ -75,8 +73,7 @@ def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
     """Score an encoder on judged pairs: "spearman" (x 100), "alignment" and "uniformity".
 
     SimCSE's convention: alignment over the pairs with a human score above 4 of 5 of the scale,
-    uniformity over all distinct sentences of both sides.
-    """
+    uniformity over all distinct sentences of both sides."""
     return judge_tasks(encoder, [pairs])[0]
 
 
@@ -105,8 +102,7 @@ def alignment(u: Tensor | np.ndarray, v: Tensor | np.ndarray) -> float:
       (alpha = 1) gives another number.
     - SimCSE (Gao et al. 2021, figure 2) and Focal-InfoNCE take the STS-B pairs that people score
       above 4 of 5 as positives, 4 itself excluded, and embeddings without dropout and head: see
-      `judge`. Two dropout views of one sentence give far lower values.
-    """
+      `judge`. Two dropout views of one sentence give far lower values."""
     u, v = _unit(u), _unit(v)
     return float((u - v).square().sum(dim=1).double().mean())
 
@@ -121,8 +117,7 @@ def uniformity(x: Tensor | np.ndarray, t: float = 2) -> float:
       mean. Equal rows at different places do count: hand in each sentence once.
     - SimCSE (Gao et al. 2021, figure 2) and Focal-InfoNCE take all sentences of STS-B, not the
       positives alone, without dropout and head: see `judge`.
-    - The logarithm is taken of the mean over all pairs, not averaged over batches.
-    """
+    - The logarithm is taken of the mean over all pairs, not averaged over batches."""
     x = _unit(x)
     blocks = x.split(_BLOCK)
     total = 0.0  # square by square, in float64, so that memory grows with n and not with its square

@@ -5,8 +5,7 @@ the view v_j of sentence j, so positives lie on the diagonal; columns from N on 
 negatives. Half precision is computed in float32, float64 stays float64.
 
 An objective is a value of `fcse.objectives` or a reader's own, see there; its name stands for its
-defaults.
-"""
+defaults."""
 
 import math
 from collections.abc import Callable
@@ -47,8 +46,7 @@ class Columns:
             without label has a number of its own.
         turns: what the similarities become before the objective sees them, one after the other.
         first: where a matrix is a block of rows of a larger one, the number of its first row: row
-            i is anchor first + i, and its positive is in column first + i.
-    """
+            i is anchor first + i, and its positive is in column first + i."""
 
     sentence_ids: Tensor | None = None
     turns: tuple[Turn, ...] = ()
@@ -60,8 +58,7 @@ class Own:
     """Vectors that count in one row alone.
 
     negative: (N, D) float, one more column for each row, behind those of all. negative_ids: (N,) or
-    (G, N) int64, its sentence, as in `Columns`. positive: (N, D) float, in the place of v_i.
-    """
+    (G, N) int64, its sentence, as in `Columns`. positive: (N, D) float, in the place of v_i."""
 
     negative: Tensor | None = None
     negative_ids: Tensor | None = None
@@ -100,8 +97,7 @@ def similarity_matrix(u: Tensor, v: Tensor) -> Tensor:
     """Cosine similarity of every row of u, (N, D) float, with every row of v, (M, D) float.
 
     (N, M) float32 (float64 for float64 inputs), in [-1, 1] up to rounding. A zero vector has
-    similarity 0 with everything.
-    """
+    similarity 0 with everything."""
     # Autocast would take the product down to half precision again.
     with torch.autocast(u.device.type, enabled=False):
         u, v = _unit_views(u, v)
@@ -147,8 +143,7 @@ def _rows(
 ) -> _Rows:
     """Masks, turns and logits of a block; with `leaf` a graph from the turned similarities on.
 
-    own: the last column is each row's own, behind those of all. own_ids: (n,) or (G, n) of it.
-    """
+    own: the last column is each row's own, behind those of all. own_ids: (n,) or (G, n) of it."""
     first = columns.first
     if sim.ndim != 2 or len(sim) == 0 or not 0 <= first <= sim.shape[1] - len(sim):
         raise ValueError(
@@ -216,8 +211,7 @@ def logits(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Ten
         columns: what is known of the columns.
 
     ValueError: a tensor has another shape. InputError: no such objective, or logits of another
-    shape.
-    """
+    shape."""
     return _rows(sim, named(objective), columns).logits
 
 
@@ -225,8 +219,7 @@ def loss(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Tenso
     """The loss of a batch, (): cross-entropy of the logits with the diagonal, mean over rows.
 
     Where the objective has a row weight w, a row's loss is -w(log p) log p in place of -log p, p
-    the softmax of its positive. Arguments, dtypes and errors as in `logits`.
-    """
+    the softmax of its positive. Arguments, dtypes and errors as in `logits`."""
     objective = named(objective)
     return _value(_rows(sim, objective, columns).logits, columns.first, objective)
 
@@ -241,8 +234,7 @@ def gradient_weights(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLA
     weight multiplies row i by d(w(l) l)/dl at l = log p_ii. Where the objective has no slopes,
     autograd takes them from its logits. Arguments, dtypes and errors as in `logits`.
 
-    (N, M), equal to autograd of the loss: the mean over rows puts a factor 1/N on each entry.
-    """
+    (N, M), equal to autograd of the loss: the mean over rows puts a factor 1/N on each entry."""
     objective = named(objective)
     closed = hasattr(objective, "slopes")
     with torch.set_grad_enabled(not closed):
@@ -275,8 +267,7 @@ class _LossInChunks(torch.autograd.Function):
     """`loss` of the cosines of unit vectors, with its gradient from the same pass over the rows.
 
     A chunk of rows has all its columns, so its softmax is complete and its share of the gradients
-    follows from its logits at once: nothing is kept for the backward pass but the gradients.
-    """
+    follows from its logits at once: nothing is kept for the backward pass but the gradients."""
 
     @staticmethod
     def forward(
@@ -354,8 +345,7 @@ def chunked_loss(
         own: vectors that count in one row alone.
         chunk_size: rows at a time, >= 1; None takes `CHUNK_ENTRIES` / M.
 
-    Dtypes and errors as in `logits`.
-    """
+    Dtypes and errors as in `logits`."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     with torch.autocast(u.device.type, enabled=False):
@@ -381,8 +371,7 @@ def require_sound(objective: Any) -> None:
     """Raise InputError where what an objective makes of a row depends on others, or slopes lie.
 
     Such a loss would change with the rows computed at a time. Made rows are given as a whole and
-    one by one, and logits, row weights and their gradients compared; slopes with autograd's.
-    """
+    one by one, and logits, row weights and their gradients compared; slopes with autograd's."""
     generator = torch.Generator().manual_seed(0)
     sim, factors = torch.rand(2, 6, 9, dtype=torch.float64, generator=generator)
     sim = 2 * sim - 1

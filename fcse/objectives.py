@@ -12,8 +12,7 @@ Two more methods are used where they are there:
         own similarity alone; else autograd finds the pulls.
     row_weight(log_p) -> (N,) float: what a row's loss -log p counts, from log p itself; else 1.
 
-Nothing here imports torch: tensors come in as arguments.
-"""
+Nothing here imports torch: tensors come in as arguments."""
 
 import ast
 import dis
@@ -56,8 +55,7 @@ def require_share(what: str, value: float) -> None:
 class InfoNCE:
     """s / tau for every similarity s (SimCSE: Gao et al. 2021, equation 4).
 
-    As with the others, a parameter out of its range raises InputError.
-    """
+    As with the others, a parameter out of its range raises InputError."""
 
     temperature: float = 0.05
     """tau > 0, the divisor of the logits."""
@@ -80,8 +78,7 @@ class FocalInfoNCE(InfoNCE):
     """s * s / tau for a positive, s * (s + m) / tau for a negative (Hou & Li 2023, section 3).
 
     The slopes are 2 s / tau and (2 s + m) / tau: a negative with s < -m/2 is drawn towards its
-    anchor, so that it comes to rest at s = -m/2.
-    """
+    anchor, so that it comes to rest at s = -m/2."""
 
     m: float = 0.3
     """Shift of the negatives' modulation s * (s + m)."""
@@ -129,8 +126,7 @@ class HardnessInfoNCE(InfoNCE):
     """s / tau, and alpha * s as a constant on each negative (Lan et al. 2025, equation 5).
 
     arXiv 2503.04812; sentence-transformers has it as `hardness_mode="in_batch_negatives"`. The
-    softmax moves towards hard negatives, and the slope of every logit stays 1 / tau.
-    """
+    softmax moves towards hard negatives, and the slope of every logit stays 1 / tau."""
 
     alpha: float = 9.0
     """Hardness weight >= 0; 9 in the paper, 0 gives InfoNCE."""
@@ -155,8 +151,7 @@ class Recorded:
     """A reader's objective or method as a run's record has it: it prints, and cannot be computed.
 
     No code comes from a run's folder. key: of the class; printed: its name with its parameters;
-    parameters: all that the record holds of it.
-    """
+    parameters: all that the record holds of it."""
 
     key: str
     printed: str
@@ -239,8 +234,7 @@ def snake(name: str) -> str:
 def key(value: Any) -> str:
     """What the command line, TOML and run folders call an objective or a method.
 
-    Its own `key` where it has one, else the kit's name for it, else its class in snake case.
-    """
+    Its own `key` where it has one, else the kit's name for it, else its class in snake case."""
     if hasattr(value, "key"):
         return value.key
     known = next((name for name, kind in OBJECTIVES.items() if kind is type(value)), None)
@@ -251,8 +245,7 @@ def key(value: Any) -> str:
 def name(value: Any) -> str:
     """What tables and figures print: the label, and each parameter that is not at its default.
 
-    Parameters are spelled as in the code, so that equal names mean equal losses.
-    """
+    Parameters are spelled as in the code, so that equal names mean equal losses."""
     if isinstance(value, Recorded):
         return value.printed
     label = getattr(value, "label", None) or type(value).__name__
@@ -276,8 +269,7 @@ def code(kind: type) -> str:
     """Eight hexadecimal digits over what a class does: two of one name may differ in it.
 
     That is its members, and the functions, classes and plain values of its module that they use:
-    a helper or a constant of a notebook's cell decides too.
-    """
+    a helper or a constant of a notebook's cell decides too."""
     homes = {each.__module__ for each in kind.__mro__[:-1]}
     return hashlib.sha256(repr([*_does(kind, homes, [])]).encode()).hexdigest()[:8]
 

@@ -2,8 +2,7 @@
 
 Started by `accelerate launch` or `torchrun`, on GPUs (nccl) or CPUs (gloo); a single process passes
 through every function unchanged. With P processes and B / P sentences in each, loss and gradients
-are those of one process with B sentences.
-"""
+are those of one process with B sentences."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -49,8 +48,7 @@ def gather_rows(x: Tensor) -> Tensor:
     """Every process' rows (B / P, D) as (B, D), own first; gradients flow back to their owners.
 
     The authors' code gathers without gradients, so that a sentence of another process is pushed
-    away from but never moves itself.
-    """
+    away from but never moves itself."""
     if world().num_processes == 1:
         return x
     return own_first(torch.cat(all_gather(x.contiguous())))
@@ -72,8 +70,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def encode(encoder: SentenceEncoder, sentences: Sequence[str]) -> np.ndarray:
     """Unit-length embeddings (n, D) float32; every process encodes its share and gets them all.
 
-    All processes must call it, with the same sentences.
-    """
+    All processes must call it, with the same sentences."""
     state = world()
     mine = encoder.encode(sentences[state.process_index :: state.num_processes], normalize=True)
     embeddings = np.empty((len(sentences), mine.shape[1]), dtype=np.float32)

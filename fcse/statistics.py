@@ -17,8 +17,7 @@ class Comparison:
     """b minus a, in points of 100 x Spearman.
 
     difference: the observed difference or the mean over seeds. low, high: its interval at
-    `confidence`. p: two-sided p-value of "no difference". n: pairs or seeds it rests on.
-    """
+    `confidence`. p: two-sided p-value of "no difference". n: pairs or seeds it rests on."""
 
     difference: float
     low: float
@@ -58,8 +57,7 @@ def compare(
     of other seeds: for those see `compare_seeds`. Pairs that share a sentence, as all of Lee's do,
     are not independent: there the interval is too narrow. Percentile interval (Efron & Tibshirani
     1993, chapter 13); p is twice the share of resampled differences beyond 0. InputError: fewer
-    than 100 resamples, or a confidence that is not between 0 and 1.
-    """
+    than 100 resamples, or a confidence that is not between 0 and 1."""
     return compare_tasks(a, b, [task], resamples, confidence, seed)[0]
 
 
@@ -129,8 +127,7 @@ def compare_seeds(a: Sequence[float], b: Sequence[float], confidence: float = 0.
     """Paired t test over seeds: a[i] and b[i] are two objectives' scores with the same seed.
 
     Equal seeds share head, batches and dropout, so their common luck cancels. Different lengths, or
-    fewer than two seeds, are an `InputError`.
-    """
+    fewer than two seeds, are an `InputError`."""
     if len(a) != len(b) or len(a) < 2:
         raise InputError(f"a paired test needs 2 or more common seeds, got {len(a)} and {len(b)}")
     test = scipy.stats.ttest_rel(b, a)
@@ -143,8 +140,7 @@ def holm(p: Sequence[float]) -> list[float]:
     """P-values corrected for how many there are, so that any false alarm has the stated chance.
 
     Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure": the smallest is
-    multiplied by their number, the next by one less, and so on; none falls below one before it.
-    """
+    multiplied by their number, the next by one less, and so on; none falls below one before it."""
     x = np.asarray(p, dtype=float)
     order = np.argsort(x, kind="stable")
     adjusted = np.empty_like(x)
@@ -157,8 +153,7 @@ def seeds_needed(difference: float, sd: float, power: float = 0.8, confidence: f
 
     Exact, by the noncentral t distribution (Cohen 1988, chapter 2); `sd` is the standard deviation
     over seeds of the paired difference, in the same points. An `InputError` where
-    that is not above 0, the difference is 0, or 10,000 seeds are too few.
-    """
+    that is not above 0, the difference is 0, or 10,000 seeds are too few."""
     effect = abs(difference) / sd if sd > 0 else 0
     for n in range(2, 10_001) if effect else ():
         limit = scipy.stats.t.isf((1 - confidence) / 2, n - 1)

@@ -36,8 +36,7 @@ def _flags(start: TrainConfig) -> type:
     """A dataclass of all settings by their flat names, at their values in a config.
 
     The objective is its name; a parameter that it does not have, and the settings of a method that
-    is off, are at their defaults.
-    """
+    is off, are at their defaults."""
     hints = get_type_hints(TrainConfig)
     said = "+".join(map(key, (start.objective, *start.methods)))
     own = parameters(start.objective)
@@ -112,8 +111,7 @@ def _one_line(box: str) -> str:
 def _parse(arguments: Sequence[str]) -> Callable[[], None]:
     """The command with its arguments, not yet run.
 
-    InputError: what the parser says, in one line.
-    """
+    InputError: what the parser says, in one line."""
 
     def bound(run: Callable[..., None]) -> Callable[..., Callable[[], None]]:
         return functools.wraps(run)(lambda *args, **kwargs: functools.partial(run, *args, **kwargs))
@@ -145,8 +143,7 @@ def _terminate(*_: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, or 2 with one line on what the user can mend.
 
-    Ctrl-C ends with 130, SIGTERM with 143 and a closed pipe with 141, as shells expect.
-    """
+    Ctrl-C ends with 130, SIGTERM with 143 and a closed pipe with 141, as shells expect."""
     before = signal.signal(signal.SIGTERM, _terminate)
     first = processes.world().is_main_process
     try:

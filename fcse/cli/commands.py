@@ -58,8 +58,7 @@ def run_evaluate(
         senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
         tasks: SentEval names, or Lee for the packaged judgements, which need no folder.
         aggregate: How the parts of a yearly task join: all pairs together, or the (weighted) mean.
-        json_: Also write the scores to this file, with those of each part.
-    """
+        json_: Also write the scores to this file, with those of each part."""
     _check_json(json_)
     judged = _load_tasks(tasks, senteval)
     averaged = [task for task in judged if task != "Lee"]
@@ -104,8 +103,7 @@ def run_compare(
         tasks: SentEval names, or Lee for the packaged judgements.
         resamples: Bootstrap draws, at least 100.
         confidence: Of the interval, between 0 and 1.
-        json_: Also write the comparison to this file.
-    """
+        json_: Also write the comparison to this file."""
     _check_json(json_)
     check_bootstrap(resamples, confidence)
     judged = list(_load_tasks(tasks, senteval).values())
@@ -135,8 +133,7 @@ def run_report(
         runs: A folder of runs, or one run; by default FCSE_RUNS, else runs/, where there is one.
         sts: Score the seven STS tasks too; their mean is what stands beside the published ones.
         senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
-        figures: Folder for the two figures, as PNG, SVG and CSV.
-    """
+        figures: Folder for the two figures, as PNG, SVG and CSV."""
     folder = runs or (data.runs_folder() if data.runs_folder().is_dir() else None)
     scores = None
     if folder is not None:
@@ -189,8 +186,7 @@ def run_import(
             that holds tensors only).
         output: The model folder to write.
         encoder: Where architecture and tokenizer come from; by default the checkpoint's folder.
-        pooling: Of the training; cls brings the MLP head along.
-    """
+        pooling: Of the training; cls brings the MLP head along."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output {output} is there already: name a new folder")
     imported = import_checkpoint(checkpoint, encoder, pooling)
@@ -242,8 +238,7 @@ def run_study(
         output: Folder of the grid; by default named as the file, under FCSE_RUNS, else runs/.
         workers: Runs at a time; by default one a GPU, else one.
         keep_models: Keep the weights of the grid's runs, not only what came out.
-        dry_run: Say what the grid would run and how long that takes; write nothing.
-    """
+        dry_run: Say what the grid would run and how long that takes; write nothing."""
     if config is not None:
         if seed or figures:
             raise InputError("--seed and --figures do not go with --config: name seeds in the file")
@@ -284,8 +279,7 @@ def run_findings(
 
     Args:
         folder: The study's tables, one CSV beside each TOML file of a grid; figures go there too.
-        runs: Where fcse study put those grids, else the tables are taken as they are.
-    """
+        runs: Where fcse study put those grids, else the tables are taken as they are."""
     if runs is not None:
         take_over(folder, runs)
     found = draw(folder)
@@ -303,8 +297,7 @@ def run_findings(
 def run_doctor() -> None:
     """Say what this machine has, what is wrong with it, and how to mend that.
 
-    Device, threads, precision, memory, folders, packaged assets, STS data, hub.
-    """
+    Device, threads, precision, memory, folders, packaged assets, STS data, hub."""
     wrong: dict[str, None] = {}
     for finding in examine():
         print(f"{'' if finding.healthy else '! '}{finding.what:12}{finding.said}")

@@ -27,8 +27,7 @@ class PackagedFile:
     def locate(self) -> Path:
         """The path, or an `InputError` where there is no package, no file, or an altered one.
 
-        The package is found, not imported: none of its code runs.
-        """
+        The package is found, not imported: none of its code runs."""
         name = self.package.replace("_", "-")
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
@@ -105,8 +104,7 @@ def download(filename: str) -> Path:
 
     The client resumes what was cut off, but does not check what it has: that is done here, where a
     large file's name in the cache is its SHA-256. InputError: the file is neither cached nor to be
-    had, or damaged in the cache: then it is removed, so that the next call fetches it again.
-    """
+    had, or damaged in the cache: then it is removed, so that the next call fetches it again."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -139,8 +137,7 @@ def download(filename: str) -> Path:
 def hub_reachable(timeout: float = 5.0) -> bool:
     """Whether the hub answers at all within `timeout` seconds.
 
-    Asked before each use: the clients themselves try again for half a minute without a network.
-    """
+    Asked before each use: the clients themselves try again for half a minute without a network."""
     from huggingface_hub import constants, get_session
 
     try:

@@ -35,8 +35,7 @@ class SentencePairs:
     """n sentence pairs with human similarity judgements.
 
     gold: (n,) float64, higher is more similar; maximum: the top of that scale; subsets: the part of
-    the task each pair comes from.
-    """
+    the task each pair comes from."""
 
     name: str
     left: list[str]
@@ -53,8 +52,7 @@ def load_lee() -> SentencePairs:
     """Lee's 50 short news documents: all 1,225 pairs with their human similarity, from gensim.
 
     Judgements are means over readers on a 5-point scale, divided by 5 (Lee, Pincombe & Welsh
-    2005).
-    """
+    2005)."""
     documents = assets.LEE_DOCUMENTS.locate().read_text(encoding="latin-1").splitlines()
     first, second = np.triu_indices(len(documents), k=1)
     left, right = [documents[i] for i in first], [documents[j] for j in second]
@@ -66,8 +64,7 @@ def senteval_folder(folder: str | Path | None = None) -> Path | None:
     """The folder that holds STS/ and SICK/: from the argument, else `FCSE_SENTEVAL`, else None.
 
     Either the folder itself or a parent with it under `downstream/` is taken; anything else is an
-    `InputError`.
-    """
+    `InputError`."""
     named = folder or os.environ.get("FCSE_SENTEVAL")
     if not named:
         return None
@@ -85,8 +82,7 @@ def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -
         split: STSBenchmark and SICKRelatedness also have "train" and "dev".
         folder: a SentEval data folder; else `FCSE_SENTEVAL`; else `senteval.tar` from the hub.
 
-    InputError: unknown task or split, or a file that is missing or malformed.
-    """
+    InputError: unknown task or split, or a file that is missing or malformed."""
     if task not in STS_TASKS:
         raise InputError(f"unknown task {task!r}: choose from {', '.join(STS_TASKS)}")
     if task in STS_SUBSETS and split != "test":

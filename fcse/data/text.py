@@ -41,8 +41,7 @@ def load_wiki_articles() -> dict[str, list[str]]:
     """The slice of English Wikipedia that gensim carries: article title -> its sentences.
 
     106 articles, 18,836 distinct sentences of 4 to 60 words, in the order of the dump; a sentence
-    that occurs in two articles belongs to the first.
-    """
+    that occurs in two articles belongs to the first."""
     from gensim.corpora import wikicorpus
 
     seen: set[str] = set()
@@ -71,8 +70,7 @@ def article_batch(
     """A batch in which articles repeat, and the title of each sentence's article.
 
     The first `each` sentences of articles from all over a corpus, `size` in all, a multiple of
-    `each`; an `InputError` where too few articles have that many.
-    """
+    `each`; an `InputError` where too few articles have that many."""
     titles = [title for title, sentences in articles.items() if len(sentences) >= each]
     wanted = size // each
     if len(titles) < wanted:
@@ -106,8 +104,7 @@ def corpus_reader(name_or_path: str | Path) -> Callable[[], Iterator[str]]:
             "DATASET:COLUMN" for text of a Hugging Face dataset: a hub name (its train split) or a
             folder written by `save_to_disk`.
 
-    InputError: no such corpus; while reading: not UTF-8, not text, or no sentence at all.
-    """
+    InputError: no such corpus; while reading: not UTF-8, not text, or no sentence at all."""
     name = str(name_or_path)
     if name == "wiki-mini":
         lines = partial(chain.from_iterable, load_wiki_articles().values())

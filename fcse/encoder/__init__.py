@@ -1,7 +1,6 @@
 """Backbone, pooling and head; checkpoints in, model folders out.
 
-`SentenceEncoder` is loaded when it is first asked for: the names of poolings need no torch.
-"""
+`SentenceEncoder` is loaded when it is first asked for: the names of poolings need no torch."""
 
 from typing import Any
 

@@ -34,8 +34,7 @@ def import_checkpoint(
         encoder: gives architecture and tokenizer; by default the checkpoint's own folder.
         pooling: of the training; only "cls" has a head.
 
-    InputError: no weights, a pickle with more than tensors, or what does not fit the encoder.
-    """
+    InputError: no weights, a pickle with more than tensors, or what does not fit the encoder."""
     path = Path(checkpoint)
     if is_folder(path):
         found = [path / name for name in _WEIGHT_FILES if is_file(path / name)]

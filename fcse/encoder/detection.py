@@ -1,8 +1,7 @@
 """A second task for an encoder: tell replaced tokens from original ones, given the embedding.
 
 What DiffCSE adds to the loss (Chuang et al. 2022), with the generators that replace the tokens;
-`fcse.methods.diffcse` names the source and each point where this differs from it.
-"""
+`fcse.methods.diffcse` names the source and each point where this differs from it."""
 
 import copy
 from collections import Counter
@@ -32,15 +31,13 @@ class MaskedLM:
     """A frozen masked language model: each masked token becomes the most likely one.
 
     It is no part of the module that uses it: its weights are neither trained nor saved with a run,
-    and it runs without dropout, on the device of what it is given.
-    """
+    and it runs without dropout, on the device of what it is given."""
 
     def __init__(self, name_or_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load a model folder or a model of the hub in float32; no code that comes with it is run.
 
         InputError: no such model, no language-model head in its weights, a pickle that holds more
-        than tensors, or another vocabulary than that of `tokenizer`, the encoder's.
-        """
+        than tensors, or another vocabulary than that of `tokenizer`, the encoder's."""
         path, name = str(name_or_path), f"masked language model {str(name_or_path)!r}"
         local = is_folder(path) or not hub_reachable()
         where = {"local_files_only": local, "trust_remote_code": False}
@@ -78,8 +75,7 @@ class Unigrams:
     """A stand-in where no masked language model is at hand: tokens drawn by their frequency.
 
     Not what the authors do. A draw knows nothing of the sentence around it, so replacements are
-    easier to detect than a language model's, and fewer of them are the token that was there.
-    """
+    easier to detect than a language model's, and fewer of them are the token that was there."""
 
     def __init__(self, token_ids: Iterable[Sequence[int]], special_ids: Collection[int]) -> None:
         """Count a corpus' tokens but `special_ids`; an `InputError` where there is none."""
@@ -110,8 +106,7 @@ def mask(
         special_ids: never masked; the padding's id is among them.
         mask_id: stands in for a masked token.
 
-    Returns: The masked ids, (n, L) int64, and which of them are masked, (n, L) bool.
-    """
+    Returns: The masked ids, (n, L) int64, and which of them are masked, (n, L) bool."""
     if not 0 < share <= 1:
         raise ValueError(f"share must lie above 0 and at most at 1, got {share}")
     special = torch.tensor(list(special_ids), dtype=torch.int64, device=token_ids.device)
@@ -135,8 +130,7 @@ class Detection(nn.Module):
         discriminator: the copy, without a pooler; trained, and of no use after training.
         head: Linear from a token's last hidden state to one logit, replaced against original. The
             authors' cross-entropy over the two is the same function of the logits' difference.
-        token_generator: fills in the masked tokens, a `MaskedLM` or `Unigrams`.
-    """
+        token_generator: fills in the masked tokens, a `MaskedLM` or `Unigrams`."""
 
     def __init__(
         self, encoder: SentenceEncoder, token_generator: TokenGenerator, seed: int = 0
@@ -144,8 +138,7 @@ class Detection(nn.Module):
         """Copy the backbone of an encoder that is about to be trained; `seed` is the head's.
 
         InputError: a tokenizer without a mask token, or a backbone whose input vectors are not as
-        wide as its sentence embeddings.
-        """
+        wide as its sentence embeddings."""
         super().__init__()
         kind, tokenizer = encoder.backbone.config.model_type, encoder.tokenizer
         if tokenizer.mask_token_id is None:
@@ -181,8 +174,7 @@ class Detection(nn.Module):
 
         Returns: The loss, () float32 (float64 in a float64 module); the logits, (T,) of the same
         dtype, sentence after sentence, above 0 where replaced is the likelier, a part of the graph;
-        and (T,) bool, which were replaced.
-        """
+        and (T,) bool, which were replaced."""
 
         def behind_first(sentences: Sequence[Sequence[int]]) -> Tensor:
             return torch.tensor([token for ids in sentences for token in ids[1:]])
@@ -207,8 +199,7 @@ class Detection(nn.Module):
 
         (T,) float32 (float64 in a float64 module). The embedding of the original sentence, (n, D)
         float, takes the place of the first token's input vector, which is not read; `token_ids` are
-        n sentences as `edit` gives them. Embeddings of another shape are a `ValueError`.
-        """
+        n sentences as `edit` gives them. Embeddings of another shape are a `ValueError`."""
         expected = (len(token_ids), self.head.in_features)
         if sentence_embedding.shape != expected:
             raise ValueError(

@@ -36,8 +36,7 @@ def read_layout(name_or_path: str, local_files_only: bool) -> tuple[str, str | N
 
     Returns: The folder in it that holds backbone and tokenizer ("" for the top), and the pooling
     that it declares: one of `Pooling`, the name of what we do not read, or None. InputError: one of
-    these files is no valid JSON or lacks what it should hold.
-    """
+    these files is no valid JSON or lacks what it should hold."""
 
     def find(filename: str) -> Path | None:
         found = cached_file(

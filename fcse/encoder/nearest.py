@@ -37,8 +37,7 @@ def nearest(
         tile: sentences along either side of a tile.
 
     InputError: k is below 1 or above what each sentence has, or an embedding is not finite.
-    ValueError: another shape, or a tile below 1.
-    """
+    ValueError: another shape, or a tile below 1."""
     if tile < 1:
         raise ValueError(f"tile must be at least 1, got {tile}")
     rows = torch.as_tensor(embeddings, device=device)
@@ -72,8 +71,7 @@ def _merged(near: Tensor, which: Tensor, cosines: Tensor, first: int) -> tuple[T
     """The k best so far and their columns, with those of a further tile that are nearer.
 
     Tiles come in the order of their columns, so that among equals the one that is there already
-    has the lower index, and a stable sort leaves it in front.
-    """
+    has the lower index, and a stable sort leaves it in front."""
     k = near.shape[1]
     row, column = (cosines > near[:, -1:]).nonzero(as_tuple=True)
     # Beyond the first tiles these are few: moved together, they are sorted with little work.
@@ -91,8 +89,7 @@ def _merged(near: Tensor, which: Tensor, cosines: Tensor, first: int) -> tuple[T
 def finite_unit_rows(embeddings: Tensor) -> Tensor:
     """Each row of (n, D) scaled to length 1 in float32; an `InputError` where one is not finite.
 
-    A zero row stays zero, and has cosine 0 with all.
-    """
+    A zero row stays zero, and has cosine 0 with all."""
     rows = unit_rows(embeddings.float())
     if not embeddings.isfinite().all():
         raise InputError(

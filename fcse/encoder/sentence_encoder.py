@@ -36,8 +36,7 @@ class SentenceEncoder(nn.Module):
         pooling: how token vectors become a sentence vector, see `pool`.
         head: Linear -> tanh on the pooled vector, as in SimCSE (Gao et al. 2021, section 6.3):
             used by `forward` for "cls" only, dropped by `encode`.
-        max_length: the longest input in tokens that the backbone takes.
-    """
+        max_length: the longest input in tokens that the backbone takes."""
 
     def __init__(
         self,
@@ -72,8 +71,7 @@ class SentenceEncoder(nn.Module):
             seed: of the head, where the folder brings none.
 
         InputError: unknown pooling, no such model, no weights in the folder, or altered packaged
-        weights.
-        """
+        weights."""
         path, name = str(name_or_path), repr(str(name_or_path))
         if name_or_path == "minilm":
             path, pooling = str(MINILM.locate().parent), pooling or "cls"
@@ -136,8 +134,7 @@ class SentenceEncoder(nn.Module):
                 for cls, else its mean over tokens.
 
         Returns: (n, D) float, in the backbone's dtype; with layers (n, 1 + layers, D), from the
-        last layer down.
-        """
+        last layer down."""
         cls, mask = self.pooling == "cls", features["attention_mask"].unsqueeze(-1)
 
         def read(tokens: Tensor) -> Tensor:
@@ -171,8 +168,7 @@ class SentenceEncoder(nn.Module):
             layers: how many layers below the last come along, see `pool`.
 
         Returns: u, v, (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both
-        views' vectors of those layers, after the same head.
-        """
+        views' vectors of those layers, after the same head."""
         if second is None:
             views = self._views(token_ids, 2, layers)
         else:
@@ -207,8 +203,7 @@ class SentenceEncoder(nn.Module):
         Batches are formed by length, so that little is padded; rows come back in input order, with
         `normalize` at unit length. What is longer than the backbone's own limit is cut. InputError:
         `sentences` is a single string or holds something else than strings, or `batch_size` is
-        below 1.
-        """
+        below 1."""
         if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
             raise InputError("sentences must be a sequence of strings")
         if batch_size < 1:
@@ -238,8 +233,7 @@ class SentenceEncoder(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `AutoModel` and, with its pooling, `SentenceTransformer` load.
 
-        The head lies beside, in a file that is read by `from_pretrained` only.
-        """
+        The head lies beside, in a file that is read by `from_pretrained` only."""
         path = Path(path)
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
@@ -252,8 +246,7 @@ class SentenceEncoder(nn.Module):
 def loading(what: str, instead: str) -> Iterator[None]:
     """Load what a user has named: without the library's chatter, and with one line if it fails.
 
-    That `InputError` says what could be given instead, beside the name of a model on the hub.
-    """
+    That `InputError` says what could be given instead, beside the name of a model on the hub."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

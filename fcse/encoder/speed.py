@@ -2,8 +2,7 @@
 
 Measured by `benchmarks/training_step.py` in float32 on 2 cores (packaged encoder, batch 64, length
 32; median of 5 alternating rounds), in times sentence-transformers' own trainer: a plain step 1.03,
-with the last layer for the first token 1.18, groups of similar length 1.28, cheap dropout 1.34.
-"""
+with the last layer for the first token 1.18, groups of similar length 1.28, cheap dropout 1.34."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,7 @@ def length_groups(
     Each is padded to its own longest sentence. On a CPU padding costs as much as text, and smaller
     groups stay in cache; on a GPU one large pass is faster, so there is one group. `embedding`,
     (T,) ids -> (T, D) float, takes the tokens of all groups at once: the gradient of the word
-    embeddings is as large as the table, whatever the batch.
-    """
+    embeddings is as large as the table, whatever the batch."""
     groups = LENGTH_GROUPS if device.type == "cpu" else 1
     lengths = [len(ids) for ids in token_ids]
     flat = torch.tensor([token for ids in token_ids for token in ids], device=device)
@@ -47,8 +45,7 @@ def first_token_only(backbone: PreTrainedModel) -> Iterator[None]:
 
     Behind the last attention every token goes its own way, so when only the first is read, the
     output projection and the feed-forward of the others are wasted. The backbone then returns a
-    `last_hidden_state` of length 1. Other architectures are left as they are.
-    """
+    `last_hidden_state` of length 1. Other architectures are left as they are."""
     if backbone.config.model_type not in ("bert", "roberta"):
         yield
         return
@@ -64,8 +61,7 @@ def first_token_only(backbone: PreTrainedModel) -> Iterator[None]:
 def cheap_dropout(x: Tensor, p: float) -> Tensor:
     """Dropout whose mask takes 16 random bits an element; p is met to 1/65,536.
 
-    The library draws a double for each element, one after the other: a tenth of a plain step.
-    """
+    The library draws a double for each element, one after the other: a tenth of a plain step."""
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     draws.random_(-(2**63), None)
     dropped = round(p * 2**16)
@@ -107,8 +103,7 @@ AttentionMaskInterface.register("fcse_cheap", eager_mask)
 def cheap_dropout_in(backbone: PreTrainedModel) -> Iterator[None]:
     """Within this context a backbone on the CPU draws its dropout masks by `cheap_dropout`.
 
-    That covers dropout layers, and the attention of architectures that let it be replaced.
-    """
+    That covers dropout layers, and the attention of architectures that let it be replaced."""
     if backbone.device.type != "cpu":
         yield
         return

@@ -3,8 +3,7 @@
 A method is a file of this folder, named after it, or a class from anywhere: a frozen dataclass of
 settings, a `Method`, whose `begin` gives the `Moments` of one run. Training, configs, run folders
 and figures know methods through these two alone. A file here imports torch and the encoder only
-within its functions, so that settings are read quickly.
-"""
+within its functions, so that settings are read quickly."""
 
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -62,8 +61,7 @@ class Batch:
         places: key of a method that brought sentences -> the first of them.
         ids: one each, int64; equal where tokens are, and those are no negatives of each other.
         labels: further numberings, each like `ids`, as of `Moments.numbers`.
-        masked_pairs: pairs of the B that are the same sentence.
-    """
+        masked_pairs: pairs of the B that are the same sentence."""
 
     step: int
     size: int
@@ -116,8 +114,7 @@ class Comparison:
         """The same with K further columns, negatives in every row: (K, D), equal in all processes.
 
         of, ids: (K,) each, as in the class; where neither is given, or with `always`, none is left
-        out as a false negative.
-        """
+        out as a false negative."""
         import torch
 
         count, device = len(vectors), self.v.device
@@ -142,8 +139,7 @@ class Comparison:
         """The numberings by which false negatives are told, see `losses.Columns`.
 
         Of the columns, (G, M) int64, or of some sentences by their places, (G, len(of)); None where
-        no two columns can agree.
-        """
+        no two columns can agree."""
         import torch
 
         device = self.v.device
@@ -170,8 +166,7 @@ class Moments:
     Attributes:
         layers: how many layers below the last both views are to bring along.
         module: parameters and buffers of its own: trained, saved with the run's state, dropped
-            when the run is finished.
-    """
+            when the run is finished."""
 
     layers: int = 0
     module: "nn.Module | None" = None
@@ -198,8 +193,7 @@ class Moments:
     def loss(self, value: Loss, compared: Comparison) -> "Tensor":
         """Combine, extend or replace the loss: `value` of the comparison, of another, or of both.
 
-        Methods act in the order of their keys, the first one outermost.
-        """
+        Methods act in the order of their keys, the first one outermost."""
         return value(compared)
 
     def beside(self, compared: Comparison) -> "Tensor | None":
@@ -222,8 +216,7 @@ class Method:
     Attributes:
         key: what the command line, TOML and run folders call it: its file, else its class.
         label: what tables and figures print.
-        switches: the settings that turn it off where all of them are 0 or false.
-    """
+        switches: the settings that turn it off where all of them are 0 or false."""
 
     key: ClassVar[str] = ""
     label: ClassVar[str] = ""
@@ -242,8 +235,7 @@ class Method:
     def by_matrix(self) -> bool:
         """Whether a batch's similarity matrix shows all it does, see `training.batches.seen`.
 
-        That is: no more than `receive`, `turn` and `objective`, and nothing of the corpus.
-        """
+        That is: no more than `receive`, `turn` and `objective`, and nothing of the corpus."""
         return False
 
     def check(self, config: Any) -> None:

@@ -10,8 +10,7 @@ Where this differs from the authors:
 - Both of their scripts take a margin of 0.15.
 - Theirs distils from CLIP and sizes the margin in its cross-modal terms; text against text gets
   the whole margin. Here the teacher sizes it in text.
-- The teacher is an encoder read out by the mean over tokens.
-"""
+- The teacher is an encoder read out by the mean over tokens."""
 
 import math
 from collections.abc import Callable
@@ -102,8 +101,7 @@ def turn(margin: float, teacher: "Callable[[int, int], Tensor] | Tensor | None" 
             function of a block's first row and size; None: the teacher finds no pair alike.
 
     Returns: A turn for `losses.Columns`; it raises ValueError where the teacher's similarities have
-    another shape.
-    """
+    another shape."""
     require("margin", margin, below=math.pi / 2)
 
     def turned(sim: "Tensor", positives: "Tensor", first: int) -> "tuple[Tensor, Tensor]":

@@ -17,8 +17,7 @@ Where this differs from the authors:
 - They decode a sentence's tokens, part words at spaces, and put one space between them. Here the
   sentence's own text is parted at any white space, and nothing else changes.
 - Letters whose other case is more than one letter (ß, SS) stay. There they are switched.
-- They draw from the random state of the process. Here a draw depends on seed and step alone.
-"""
+- They draw from the random state of the process. Here a draw depends on seed and step alone."""
 
 import hashlib
 import json
@@ -97,8 +96,7 @@ def drawn(neighbours: np.ndarray, rows: np.ndarray, seed: int, step: int) -> np.
     Args:
         neighbours: (n, k) integers, from `nearest`.
         rows: (B,) integers below n.
-        seed, step: >= 0.
-    """
+        seed, step: >= 0."""
     # The 1 keeps this stream apart from that of `switched`.
     columns = np.random.default_rng((1, seed, step)).integers(neighbours.shape[1], size=len(rows))
     return neighbours[rows, columns]
@@ -153,8 +151,7 @@ def switch_case(sentence: str, share: float, generator: np.random.Generator) -> 
     """The sentence with the first letter of random words in the other case.
 
     Words are what white space parts; `share`, 0 to 1, is the probability of each that begins with a
-    letter; there is one draw a word. Raises InputError where share is out of its range.
-    """
+    letter; there is one draw a word. Raises InputError where share is out of its range."""
     require_share("the share of words whose case is switched", share)
 
     def switch(first: re.Match[str]) -> str:

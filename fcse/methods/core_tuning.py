@@ -14,8 +14,7 @@ Where this differs from the authors:
   through both parts of a mixture, and through what is not mixed.
 - A draw that is a false negative of its anchor is left out. They keep it.
 - Their temperature is 0.07, here it is that of the run's objective.
-- They add the loss to a classification loss. There is none here.
-"""
+- They add the loss to a classification loss. There is none here."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -99,8 +98,7 @@ class FocalWeight:
     """Another objective whose row counts 1 - p, p the softmax probability of its positive.
 
     Gradients flow through the weight, as in the authors' code. Where the other objective weighs
-    its rows, both weights count.
-    """
+    its rows, both weights count."""
 
     objective: Any
     """Where logits and slopes come from."""
@@ -123,8 +121,7 @@ class FocalWeight:
 def draws(seed: int, step: int, size: int) -> "tuple[Tensor, Tensor, Tensor]":
     """The shares lam and lam' of a step's rows, and a random negative of each; (size,) each.
 
-    Float32 from Beta(1, 1), and int64 columns, never a row's own; from seed and step alone.
-    """
+    Float32 from Beta(1, 1), and int64 columns, never a row's own; from seed and step alone."""
     import torch
 
     # The 3 keeps this stream apart from those of CARDS.

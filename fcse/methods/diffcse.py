@@ -17,8 +17,7 @@ Where this differs from their code:
   token and a tenth stays. Here exactly that share is masked, always.
 - Their generator fills every position but the first, here the masked ones.
 - Their mean is over all positions, the first and the padding among them. Here it is over the real
-  tokens behind the first.
-"""
+  tokens behind the first."""
 
 from dataclasses import dataclass
 from itertools import chain

@@ -11,8 +11,7 @@ Where this differs from the authors:
 - Mini-batch k-means.
 - Confidence is the softmax share of the own centroid among all, by cosine; its temperature,
   `TEMPERATURE`, is ours.
-- "Attraction", which makes positives of such pairs, is not built: it was less stable there.
-"""
+- "Attraction", which makes positives of such pairs, is not built: it was less stable there."""
 
 import math
 from dataclasses import dataclass
@@ -124,8 +123,7 @@ def pseudo_labels(
 
     Returns: (n,) int64, 0 to clusters - 1, or -1 for no cluster. floor(share * n) labels are kept.
     InputError: clusters or share is out of its range, or an embedding is not finite. ValueError:
-    another shape.
-    """
+    another shape."""
     import torch
     from sklearn.cluster import MiniBatchKMeans  # takes a second
 

@@ -7,8 +7,7 @@ and of that with those vectors among the negatives, after the same head.
 
 Where this differs from the authors:
 - They take two layers by default, here it is one.
-- Their scripts pool by the mean, here a run's own pooling is taken.
-"""
+- Their scripts pool by the mean, here a run's own pooling is taken."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

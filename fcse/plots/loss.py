@@ -28,8 +28,7 @@ def _at_0_and_1(curve: pd.DataFrame, column: str = "slope") -> str:
 def pull_curves(table: pd.DataFrame, rest: float = -0.15) -> Picture:
     """What one similarity does to its logit, and the slope by which the loss pulls on it.
 
-    table: as of `analysis.curves`. rest: the resting point to mark, -m/2 of Focal-InfoNCE.
-    """
+    table: as of `analysis.curves`. rest: the resting point to mark, -m/2 of Focal-InfoNCE."""
     figure, axes = new_axes(4, width=3.7)
     columns = ("logit", "slope", "positive_logit", "positive_slope")
     for axis, column in zip(axes, columns, strict=True):
@@ -58,8 +57,7 @@ def pull_curves(table: pd.DataFrame, rest: float = -0.15) -> Picture:
 def curve_families(families: Mapping[str, Mapping[float, pd.DataFrame]]) -> Picture:
     """Logit and slope of a negative while one parameter moves.
 
-    families: parameter name -> its value -> columns "similarity", "logit", "slope".
-    """
+    families: parameter name -> its value -> columns "similarity", "logit", "slope"."""
     figure, axes = new_axes(2 * len(families), width=3.7)
     figure.alt = "Logit and slope of a negative over its similarity."
     for i, (name, tables) in enumerate(families.items()):
@@ -100,8 +98,7 @@ def pull_by_decile(table: pd.DataFrame) -> Picture:
 def similarity_heatmap(matrices: Mapping[str, np.ndarray], label: str) -> Picture:
     """Matrices side by side on one colour scale.
 
-    matrices: title -> (N, N) float; NaN is left blank. label: what a cell holds, with its unit.
-    """
+    matrices: title -> (N, N) float; NaN is left blank. label: what a cell holds, with its unit."""
     figure, axes = new_axes(len(matrices), width=4.4, height=4.0)
     low = min(np.nanmin(x) for x in matrices.values())
     high = max(np.nanmax(x) for x in matrices.values())
@@ -131,8 +128,7 @@ def joined(
 ) -> Picture:
     """Densities of the similarities in a batch, and of those that another loss makes of it.
 
-    plain, new: name -> (n,) float, at most two of each; the loss of that name colours `new`.
-    """
+    plain, new: name -> (n,) float, at most two of each; the loss of that name colours `new`."""
     figure, (axes,) = new_axes(width=7.5)
     figure.alt = f"{loss}: density of the {xlabel}."
     for groups, colour in ((plain, "0.35"), (new, style(loss).colour)):
@@ -149,8 +145,7 @@ def joined(
 def against(loss: str, x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str) -> Picture:
     """One point a pair or a row of a batch, under the loss of that name.
 
-    x, y: (n,) float each; their labels say what they are, with units.
-    """
+    x, y: (n,) float each; their labels say what they are, with units."""
     figure, (axes,) = new_axes(width=7.5)
     x, y = np.asarray(x), np.asarray(y)
     axes.scatter(x, y, s=14, alpha=0.6, lw=0, color=style(loss).colour, rasterized=True)

@@ -26,8 +26,7 @@ def plane(table: pd.DataFrame) -> Picture:
 
     Grey lines join points of equal alignment + uniformity, the sum that Wang & Isola 2020 minimise.
 
-    table: columns "name" of the loss, "step", "alignment", "uniformity".
-    """
+    table: columns "name" of the loss, "step", "alignment", "uniformity"."""
     figure, (axes,) = new_axes(width=6, height=4.2)
     for name, rows in by(table, "name"):
         x, y = rows["uniformity"], rows["alignment"]
@@ -56,8 +55,7 @@ def plane(table: pd.DataFrame) -> Picture:
 def similarity_distribution(table: pd.DataFrame) -> Picture:
     """Density of cosine similarities, one curve per encoder, one panel per kind of pair.
 
-    table: columns "encoder" (untrained, or the name of a loss), "kind", "similarity".
-    """
+    table: columns "encoder" (untrained, or the name of a loss), "kind", "similarity"."""
     kinds = by(table, "kind")
     figure, axes = new_axes(len(kinds))
     figure.alt = "Density of cosine similarities; medians."
@@ -104,8 +102,7 @@ def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
     """Two-dimensional maps of the same sentences, one panel per encoder, coloured by group.
 
     table: columns "encoder" (a title), "x", "y", "group". groups: at most eight, in the order of
-    the legend; all others are small and grey.
-    """
+    the legend; all others are small and grey."""
     encoders = by(table, "encoder")
     figure, axes = new_axes(len(encoders), width=4.0, height=4.2)
     colours = group_colours(groups)

@@ -56,8 +56,7 @@ def style(name: str) -> Style:
     """The style of a loss by its name.
 
     One with a method has the method's, several methods are black, a known objective with other
-    parameters keeps its colour; any other loss has one of eight colours, by its name.
-    """
+    parameters keeps its colour; any other loss has one of eight colours, by its name."""
     if name in STYLES:
         return STYLES[name]
     *before, last = name.split(" + ")
@@ -110,8 +109,7 @@ def show(png: bytes, alt: str) -> None:
     """Display a PNG with its text alternative in a notebook.
 
     JupyterLab's own element for a PNG takes no text alternative, so HTML goes with it; the PNG as
-    such is for converters to print.
-    """
+    such is for converters to print."""
     from IPython.display import display
 
     data = {"text/plain": "<Picture>", "text/html": image(png, alt)}
@@ -161,8 +159,7 @@ def save(figure: Picture, table: pd.DataFrame, path: Path) -> None:
     """Write a figure as PNG and SVG, and the numbers behind it as CSV with six significant digits.
 
     Both pictures carry the text alternative: PNG as its description, SVG as its title, which a
-    browser reads out. path: folder and name without suffix. InputError: they cannot be written.
-    """
+    browser reads out. path: folder and name without suffix. InputError: they cannot be written."""
     make_folder(path.parent)
     with writing(f"figure {path}"):
         figure.savefig(path.with_suffix(".png"), metadata={"Description": figure.alt})

@@ -33,8 +33,7 @@ class Grid:
 
     runs: distinct, each with its own folder as `output`, in the order in which they are run: all
     settings with the first seed, then with the next. tasks: names from `TASKS`, scored once a run
-    is trained. folder: holds results.csv, and the runs' folders under runs/.
-    """
+    is trained. folder: holds results.csv, and the runs' folders under runs/."""
 
     runs: tuple[TrainConfig, ...]
     tasks: tuple[str, ...]
@@ -43,8 +42,7 @@ class Grid:
     def to_run(self) -> list[TrainConfig]:
         """The runs that are not yet trained and scored on every task, with these versions.
 
-        InputError: a folder that is a file, or a record in it that cannot be read.
-        """
+        InputError: a folder that is a file, or a record in it that cannot be read."""
         if is_file(self.folder):
             raise InputError(f"output {self.folder} is a file: name a folder")
         done = {run: _finished(run.folder) for run in self.runs}
@@ -58,8 +56,7 @@ def read_grid(path: Path, folder: Path) -> Grid:
     own. Where a value is a list, each of its values is taken with each of the others'. `recipe`
     gives what is not named (minilm-wiki), `seeds` is a list or a count (1), `tasks` a list of names
     from `TASKS` (Lee). Runs that come to the same are one. InputError: no such file, bad TOML, an
-    unknown key, a value of the wrong type or out of range, or no run at all.
-    """
+    unknown key, a value of the wrong type or out of range, or no run at all."""
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
@@ -152,8 +149,7 @@ def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfi
 def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]] | None:
     """Record and scores of a run that is trained and scored, else None.
 
-    InputError: files that are no record of a run.
-    """
+    InputError: files that are no record of a run."""
     try:
         record = json.loads((folder / "run.json").read_text())
         if not record["finished"]:
@@ -172,8 +168,7 @@ def results(folder: Path) -> pd.DataFrame:
     local files and versions), "name" (of the loss, see `TrainConfig.name`), every setting by its
     flat name, empty where a run has none of that name, "device", "precision", "wall_time_s"
     (training in s), "kept_step", the versions by package, and for each task its score (100 x
-    Spearman), TASK_alignment and TASK_uniformity. InputError: a record that cannot be read.
-    """
+    Spearman), TASK_alignment and TASK_uniformity. InputError: a record that cannot be read."""
     rows = []
     for path in sorted(folder.glob("runs/*/run.json")):
         run = path.parent
@@ -199,8 +194,7 @@ def plan(runs: Sequence[TrainConfig]) -> pd.DataFrame:
     """What a grid's runs differ in.
 
     Returns: One row a setting: "name" of the loss, the other settings that vary among the runs, as
-    text, and "seeds".
-    """
+    text, and "seeds"."""
     table = pd.DataFrame([{"name": run.name, **run.settings} for run in runs], dtype=object)
     table = table.where(table.notna(), "").astype(str)
     shown = ["name", *(f for f in _FIELDS if f != "objective" and table[f].nunique() > 1)]

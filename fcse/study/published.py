@@ -1,7 +1,6 @@
 """Published scores as data with their sources, and the seed noise to read them against.
 
-All are 100 x Spearman, mean of the seven STS tasks, "all" setting, test splits.
-"""
+All are 100 x Spearman, mean of the seven STS tasks, "all" setting, test splits."""
 
 import pandas as pd
 
@@ -45,8 +44,7 @@ def gains() -> pd.DataFrame:
     Returns: Columns "backbone", "simcse", "focal_infonce" (published), "gain" (their difference),
     "mean", "sd", "min", "max" (of the 50 seeds), "simcse_z", "focal_infonce_z": by how many
     standard deviations of seed noise a published score lies above the 50-seed mean, and "gain_z":
-    how many of them the published gain spans.
-    """
+    how many of them the published gain spans."""
     table = pd.DataFrame({"simcse": SIMCSE, "focal_infonce": FOCAL_INFONCE})
     table["gain"] = table["focal_infonce"] - table["simcse"]
     seeds = pd.DataFrame(SIMCSE_50_SEEDS).T[["mean", "sd", "min", "max"]]

@@ -43,8 +43,7 @@ def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None
     """Train a run and score it; what of it is there already is reused.
 
     The scores on `tasks`, names from `TASKS`, are kept in the folder's scores.json; the weights are
-    removed then, unless `keep_model`. InputError: as in `training.train`, `load_tasks`.
-    """
+    removed then, unless `keep_model`. InputError: as in `training.train`, `load_tasks`."""
     pairs = load_tasks(tasks)
     folder = run_folder(config)
     if not is_folder(folder.model) and folder.record() is not None:
@@ -67,8 +66,7 @@ def run_grid(grid: Grid, workers: int | None = None, keep_models: bool = False) 
 
     Returns: `results` of the grid's folder. InputError: data of a task that is missing, a folder
     that another study works in or that cannot be written, or, after all others are done, runs that
-    failed.
-    """
+    failed."""
     if processes.world().num_processes > 1:
         raise InputError("a study starts its own processes: call it without accelerate launch")
     workers = check_workers(workers)
@@ -184,8 +182,7 @@ def estimate(grid: Grid, runs: Sequence[TrainConfig]) -> tuple[float, str]:
     By each encoder: the time of the finished runs in the grid's folder on a device of the same
     kind, scaled by steps x batch size; without one, two steps of the first run are timed here.
     Returns: Seconds, one run after another; and in words where they come from. InputError: as in
-    `training.train`, `results`.
-    """
+    `training.train`, `results`."""
     device = processes.world().device.type
     known = results(grid.folder)
     seconds, sources = 0.0, []

@@ -25,8 +25,7 @@ def start(
     InputError becomes one line and exit code 2. The process ends when its standard input is closed.
 
     output: where standard output and error go. environment: variables beside those of this process.
-    InputError: what cannot be handed over, such as an objective that holds an open file.
-    """
+    InputError: what cannot be handed over, such as an objective that holds an open file."""
     try:
         call = pickle.dumps(sys.path) + cloudpickle.dumps((function, arguments))
     except (TypeError, pickle.PicklingError) as error:

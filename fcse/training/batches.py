@@ -31,8 +31,7 @@ def make_batch(
 ) -> Batch:
     """The batch of a step (from 1) from B rows of the corpus, the same in all processes.
 
-    acting: the methods of the run by their keys.
-    """
+    acting: the methods of the run by their keys."""
     own = Sentences(rows, *corpus.batch(rows))
     batch = Batch(step, len(rows), own)
     parts = [own]
@@ -128,8 +127,7 @@ def seen(
 ) -> tuple[Any, losses.Columns]:
     """The objective and the columns by which a config's loss sees a matrix of these sentences.
 
-    InputError: a method acts on more than the similarities of a batch.
-    """
+    InputError: a method acts on more than the similarities of a batch."""
     for method in config.methods:
         if not method.by_matrix:
             raise InputError(

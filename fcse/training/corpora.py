@@ -40,8 +40,7 @@ class TokenizedCorpus:
 
     dataset: a row each sentence, columns `sentence` (large_string) and `token_ids` (list<int32>).
     sha256: hash of the sentences, as `data.text_hash` gives it. key: that of all that decides the
-    token ids too.
-    """
+    token ids too."""
 
     dataset: "Dataset"
     sha256: str
@@ -69,8 +68,7 @@ class TokenizedCorpus:
             least: sentences the corpus must have: one batch.
 
         InputError: no such corpus, not UTF-8, empty, fewer sentences than `least`, one longer than
-        `LONGEST`, or a cache folder that cannot be written or is full.
-        """
+        `LONGEST`, or a cache folder that cannot be written or is full."""
         read = corpus_reader(name_or_path)
         digest = hashlib.sha256()
         rows = sum(map(len, _chunks(read(), digest)))
@@ -134,8 +132,7 @@ def row_batches(
     Yields (batch_size,) uint32 for the steps from `start` on, counted from 0, up to `steps`. Rows
     that are left at the end of a pass, fewer than a batch, are dropped. Step s draws the same rows
     whatever `steps` and `start` are. Takes 4 bytes of memory a row (of fewer than 2**32), 8 where a
-    pass begins. InputError: fewer rows than a batch.
-    """
+    pass begins. InputError: fewer rows than a batch."""
     a_pass = rows // batch_size
     if not a_pass:
         raise InputError(f"{rows} sentences are fewer than one batch of {batch_size}")

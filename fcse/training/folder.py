@@ -38,8 +38,7 @@ class State:
 class RunFolder:
     """One run's folder, bound to the identity of that run: parts with names and values.
 
-    With no identity it may hold any run.
-    """
+    With no identity it may hold any run."""
 
     def __init__(self, path: Path, identity: dict[str, dict[str, Any]]) -> None:
         self.path = path
@@ -85,8 +84,7 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder this process' own, once another that trains the run has ended.
 
-        So two notebooks that are run at once train what both show only once.
-        """
+        So two notebooks that are run at once train what both show only once."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             try:

@@ -42,8 +42,7 @@ def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     `callback` gets each step's number and the encoder; it is never called for a run that is loaded.
     InputError: a corpus or encoder that cannot be loaded, a corpus smaller than a batch, an
     objective whose rows depend on each other, an output folder that holds something else or cannot
-    be written, or a loss or gradient that is not finite.
-    """
+    be written, or a loss or gradient that is not finite."""
     folder = run_folder(config)
     try:
         if folder.record() is None:
@@ -199,8 +198,7 @@ def _finish(folder: RunFolder, run: _Run, progress: Progress) -> None:
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     """What "auto" means here: bf16 where matrix units for it exist, else float32.
 
-    On a CPU without them bf16 is emulated, and slower than float32 by far.
-    """
+    On a CPU without them bf16 is emulated, and slower than float32 by far."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

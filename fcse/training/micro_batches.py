@@ -28,8 +28,7 @@ def backward(
         micro_batch_size: items whose graph is held at a time; from N on there is one pass.
         loss_of: those tensors with N rows each -> loss (); it reads every one of them.
 
-    Returns the loss, () float, detached.
-    """
+    Returns the loss, () float, detached."""
     if micro_batch_size >= len(items):
         loss = loss_of(*views(items))
         loss.backward()

@@ -21,8 +21,7 @@ class TrainResult:
     config: what was run. folder: holds run.json, metrics.jsonl and model/. encoder: the kept
     weights, in evaluation mode on the CPU. losses: one float a step. evaluations: one dict each
     time the run was scored, the first before training, see `score`. record: what run.json holds.
-    checkpoints: step -> file of the weights along the way, see `encoder_at`.
-    """
+    checkpoints: step -> file of the weights along the way, see `encoder_at`."""
 
     config: TrainConfig
     folder: Path

@@ -1,7 +1,6 @@
 """Interactive panels over the same functions that the notebooks call.
 
-Each has a `widget` that a notebook displays, and controls: setting their `.value` redraws.
-"""
+Each has a `widget` that a notebook displays, and controls: setting their `.value` redraws."""
 
 from fcse.widgets.ablation import AblationPanel
 from fcse.widgets.maps import MapExplorer

@@ -71,8 +71,7 @@ class AblationPanel:
         presets: objective -> its button: those of `PRESETS`, and own ones by their names.
         png, alt: the present picture, for readers without a running kernel, and what it shows.
         table: the present candidates, see `analysis.candidates`.
-        seconds: how long the last redraw took.
-    """
+        seconds: how long the last redraw took."""
 
     def __init__(
         self,
@@ -88,8 +87,7 @@ class AblationPanel:
             sentences: the batch, N sentences.
             teacher: (N, N) float, a teacher's similarities of them, such as
                 `analysis.readout_similarities`; without one the margin rests.
-            own: objectives of the reader's, values.
-        """
+            own: objectives of the reader's, values."""
         if sim.shape != (len(sentences), len(sentences)):
             raise ValueError(
                 f"sim must be (N, N) for N sentences, got {tuple(sim.shape)} for {len(sentences)}"

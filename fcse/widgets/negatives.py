@@ -31,8 +31,7 @@ class NegativeExplorer:
 
     Attributes:
         run, step, anchor: the controls.
-        table, pairs: what is shown, for readers without a running kernel.
-    """
+        table, pairs: what is shown, for readers without a running kernel."""
 
     def __init__(
         self, runs: Mapping[str, TrainResult], sentences: Sequence[str], labels: Sequence[str]
@@ -73,8 +72,7 @@ class NegativeExplorer:
         """An anchor's negatives after a step of a run, most similar first.
 
         Columns as in `analysis.anchor_negatives`, and "article", "sentence", "false_negative"
-        (whether the pair is a likely one).
-        """
+        (whether the pair is a likely one)."""
         config, sim = self._runs[run].config, self.similarities(run, step)
         table = analysis.anchor_negatives(sim, anchor, compared(config.objective))
         found = analysis.likely_false_negatives(sim, self._batch["article"])
@@ -86,8 +84,7 @@ class NegativeExplorer:
     def pairs(self) -> pd.DataFrame:
         """The batch's likely false negatives, as in `analysis.likely_false_negatives`.
 
-        Columns "similarity", "article", "i", "sentence_i", "j", "sentence_j".
-        """
+        Columns "similarity", "article", "i", "sentence_i", "j", "sentence_j"."""
         sim = self.similarities(self.run.value, self.step.value)
         found = analysis.likely_false_negatives(sim, self._batch["article"])
         first = self._batch.rename(columns={"sentence": "sentence_i"})

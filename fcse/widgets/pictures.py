@@ -22,8 +22,7 @@ _STYLE = """<style>
 class SliderNames(anywidget.AnyWidget):
     """Names the sliders of the page after their labels, for screen readers; shows nothing.
 
-    ipywidgets puts the label beside a slider but ties the two together in no way.
-    """
+    ipywidgets puts the label beside a slider but ties the two together in no way."""
 
     _esm = """
     function nameAll() {

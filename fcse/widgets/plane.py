@@ -16,8 +16,7 @@ class TrajectoryPlane:
 
     Attributes:
         weight: the control: how much uniformity counts in the sum.
-        scatter: the `jscatter.Scatter`.
-    """
+        scatter: the `jscatter.Scatter`."""
 
     def __init__(self, path: pd.DataFrame) -> None:
         """Build the plane of the table of `study.embedded.trajectories`."""

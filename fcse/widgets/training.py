@@ -57,15 +57,13 @@ class TrainingPanel:
         message: what the panel says at present, or what the process complained of.
         live: the run that is training or was broken off, as far as it is; else None.
         finished: the runs of the table, in the order they joined.
-        png, alt: the present picture, and what it shows in words.
-    """
+        png, alt: the present picture, and what it shows in words."""
 
     def __init__(self, config: Callable[[], TrainConfig]) -> None:
         """Build the panel.
 
         `config` gives what to train when the button is pressed, such as the config of an
-        `AblationPanel`; the panel's fields replace encoder, corpus, seed and steps in it.
-        """
+        `AblationPanel`; the panel's fields replace encoder, corpus, seed and steps in it."""
         self._base = config
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -273,8 +271,7 @@ def _steps(count: int) -> str:
 def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> tuple[bytes, str]:
     """Loss and Lee score over the steps as PNG, and in words; the live run wide, others numbered.
 
-    Any thread may call it: it uses neither pyplot nor mathtext, which hold state of the process.
-    """
+    Any thread may call it: it uses neither pyplot nor mathtext, which hold state of the process."""
     figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
@@ -315,8 +312,7 @@ def comparison(runs: Sequence[Progress]) -> pd.DataFrame:
     """Finished runs side by side.
 
     Returns: One row a run: "run" (its number), "loss" (its name), "encoder", "corpus", "seed",
-    "steps", "Lee before", "Lee after" (100 x Spearman).
-    """
+    "steps", "Lee before", "Lee after" (100 x Spearman)."""
     rows = []
     for number, run in enumerate(runs, start=1):
         config, before, after = run.config, run.evaluations[0], run.evaluations[-1]
