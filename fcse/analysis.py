@@ -3,14 +3,11 @@
 `sim` is a batch's similarities, (N, M) float or (N, N), positives on the diagonal, and an anchor a
 row of it; an objective is a value or a name; columns are what is known of those of `sim`, such as
 the turn of a margin, see `losses`. A pull is dL/ds of the anchor's own loss: N times an entry of
-`losses.gradient_weights`.
-"""
+`losses.gradient_weights`."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,8 +30,7 @@ def batch_similarities(
     """The matrix that the loss would see for N sentences, dropout on, head on: (N, N) float32, CPU.
 
     The encoder's mode and the random state are left as they were. max_length: tokens kept, as in
-    training. seed: of the two dropout masks.
-    """
+    training. seed: of the two dropout masks."""
     was_training = encoder.training
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
@@ -54,8 +50,7 @@ def curve(objective: Any, columns: Columns = PLAIN, points: int = 201) -> pd.Dat
     """Logit and slope of a number of similarities s in [-1, 1], as a negative and as a positive.
 
     Returns: Columns "similarity", "logit", "slope" (of a negative), "positive_logit",
-    "positive_slope".
-    """
+    "positive_slope"."""
     s = torch.linspace(-1, 1, points, dtype=torch.float64)
     logit, slope = _of_each(s, objective, columns)
     found = {"similarity": s, "logit": logit.diagonal(points), "slope": slope.diagonal(points)}
@@ -86,8 +81,7 @@ def resting_point(objective: Any, columns: Columns = PLAIN) -> float | None:
     """The similarity at which a negative is not pulled, and drawn to its anchor below.
 
     That is -m/2 for Focal-InfoNCE, -m with its stop_gradient. Found for any objective where the
-    slope of a negative's logit turns from below 0 to above; None where it does not turn.
-    """
+    slope of a negative's logit turns from below 0 to above; None where it does not turn."""
     low, high = -1.0, 1.0
     for _ in range(6):
         s = torch.linspace(low, high, 65, dtype=torch.float64)
@@ -118,8 +112,7 @@ def candidates(
 
     Returns: N rows, most similar first: "candidate" (the column of `sim`), "sentence",
     "similarity", "plain" (its probability under InfoNCE at the same temperature), "chosen" (under
-    the objective). Each probability sums to 1.
-    """
+    the objective). Each probability sums to 1."""
     return _hardest_first(
         {
             "candidate": range(len(sim)),
@@ -165,8 +158,7 @@ def pull_by_decile(sim: Tensor, objectives: Sequence[Any] = COMPARED) -> pd.Data
     """How the pull on negatives spreads over deciles of similarity, for several losses.
 
     Returns: Columns "name" (of the loss), "decile" (1 to 10, 10 = most similar), "similarity" (mean
-    in the decile), "share" (of the absolute pull on all negatives, 0 to 1).
-    """
+    in the decile), "share" (of the absolute pull on all negatives, 0 to 1)."""
     s = _negatives(sim)
     deciles = {"decile": range(1, 11), "similarity": [s[tenth].mean() for tenth in tenths(s)]}
     tables = [
@@ -182,8 +174,7 @@ def anchor_negatives(
     """The negatives of one anchor with their pull under each of several objectives.
 
     Returns: N - 1 rows, most similar first: "negative" (the column of `sim`), "similarity", and a
-    pull under the name of each objective.
-    """
+    pull under the name of each objective."""
     row = {"negative": range(len(sim)), "similarity": sim[anchor].numpy()}
     for objective in objectives:
         weights = losses.gradient_weights(sim, objective)
@@ -200,8 +191,7 @@ def likely_false_negatives(
     reaches this quantile (0 to 1) of all pairs.
 
     Returns: One row a pair, most similar first: "i" < "j" (rows of `sim`), "similarity" (the mean
-    of s_ij and s_ji, which differ by dropout).
-    """
+    of s_ij and s_ji, which differ by dropout)."""
     i, j = np.triu_indices(len(sim), k=1)
     similarity = ((sim + sim.T) / 2).numpy()[i, j]
     titles = np.asarray(labels)
@@ -228,8 +218,7 @@ def effects(
     hardest_plain: the same under InfoNCE at that temperature. below: the share of negatives below
     their resting point, where the slope is below 0; towards: the share of the absolute pull that
     draws negatives closer. same_article: the share of the hardest tenth that is of its anchor's own
-    label; same_article_pull: the share of the absolute pull on negatives that these take.
-    """
+    label; same_article_pull: the share of the absolute pull on negatives that these take."""
     s, pull = negative_pulls(sim, objective, columns)
     logit, slope = _logits_and_slopes(sim, objective, columns)
     p, slope = _negatives(logit.softmax(dim=1)), _negatives(slope)
@@ -249,8 +238,7 @@ def effects(
 def neighbourhood_purity(x: np.ndarray, labels: Sequence[str], k: int = 10) -> float:
     """Share of a point's k nearest neighbours that carry its own label, mean over points: 0 to 1.
 
-    x: (n, D) float, rows of unit length for neighbours by cosine; n > k.
-    """
+    x: (n, D) float, rows of unit length for neighbours by cosine; n > k."""
     codes = np.unique(np.asarray(labels), return_inverse=True)[1]
     similarity = x @ x.T
     np.fill_diagonal(similarity, -np.inf)
@@ -264,8 +252,7 @@ def below_resting_point(
     """How many negatives lie below s = -m/2, and how much of the pull draws them to the anchor.
 
     Returns: One row a value of m: "m", "resting_point", "below" (share of the negatives, 0 to 1),
-    "pull_towards" (share of the absolute pull on negatives that raises their similarity).
-    """
+    "pull_towards" (share of the absolute pull on negatives that raises their similarity)."""
     rows = []
     for m in m_values:
         s, pull = negative_pulls(sim, FocalInfoNCE(temperature, m))
@@ -274,37 +261,39 @@ def below_resting_point(
     return pd.DataFrame(rows, columns=["m", "resting_point", "below", "pull_towards"])
 
 
-def umap_map(x: np.ndarray, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
-    """A UMAP of the rows of x by cosine (McInnes et al. 2018): (n, D) float -> (n, 2) float32.
-
-    Distances of all pairs are held: 4 n^2 bytes.
-    """
-    with _umap(n_neighbors, seed) as (umap, settings):
-        return umap.UMAP(**settings, n_jobs=1).fit_transform(_cosine_distances(x))
-
-
 def aligned_maps(
     embeddings: Mapping[str, np.ndarray], n_neighbors: int = 15, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Maps of the same sentences under several models, each sentence at a comparable place.
+    """UMAPs of the same sentences under several models, each sentence at a comparable place.
 
-    All maps are laid out at once, with a term that holds each sentence near its place on the maps
-    beside (`umap.AlignedUMAP`), so that what has moved was moved by the model.
+    All maps are laid out at once, by cosine (McInnes et al. 2018), with a term that holds each
+    sentence near its place on the maps beside (`umap.AlignedUMAP`), so that what has moved was
+    moved by the model. A single model gets a map of its own.
 
     embeddings: name of a model -> (n, D) float; row i is the same sentence in all, and models next
     to each other are held together. n_neighbors: neighbours by cosine that a map keeps together.
     Equal seeds give equal maps.
 
-    Returns: Name -> (n, 2) float32. A single model gets its `umap_map`. Memory: 4 n^2 bytes a
-    model.
-    """
-    if len(embeddings) == 1:
-        return {name: umap_map(x, n_neighbors, seed) for name, x in embeddings.items()}
+    Returns: Name -> (n, 2) float32. Distances of all pairs are held: 4 n^2 bytes a model."""
     distances = [_cosine_distances(x) for x in embeddings.values()]
     same = {i: i for i in range(len(distances[0]))}
-    with _umap(n_neighbors, seed) as (umap, settings):
-        mapper = umap.AlignedUMAP(**settings, transform_seed=seed)
-        placed = mapper.fit_transform(distances, relations=[same] * (len(distances) - 1))
+    settings = {"n_neighbors": n_neighbors, "random_state": seed, "metric": "precomputed"}
+    # What UMAP warns of is meant: a seed means one thread, and no map is inverted. Its compiler
+    # sets torch's threads too, and on another number of them sums round otherwise: a run trained
+    # after a map would differ in its last bits from one trained before.
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="n_jobs value|using precomputed metric")
+        try:
+            import umap  # compiles on import, which takes seconds
+
+            if len(distances) == 1:
+                placed = [umap.UMAP(**settings, n_jobs=1).fit_transform(distances[0])]
+            else:
+                mapper = umap.AlignedUMAP(**settings, transform_seed=seed)
+                placed = mapper.fit_transform(distances, relations=[same] * (len(distances) - 1))
+        finally:
+            torch.set_num_threads(threads)
     return dict(zip(embeddings, map(np.asarray, placed), strict=True))
 
 
@@ -317,31 +306,12 @@ def _cosine_distances(x: np.ndarray) -> np.ndarray:
     return distances
 
 
-@contextmanager
-def _umap(n_neighbors: int, seed: int) -> Iterator[tuple[ModuleType, dict[str, Any]]]:
-    """The library and what both kinds of map are made with."""
-    # What it warns of is meant: a seed means one thread, and no map is inverted. Its compiler sets
-    # torch's threads too, and on another number of them sums round otherwise: a run trained after
-    # a map would differ in its last bits from one trained before.
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="n_jobs value|using precomputed metric")
-        try:
-            import umap  # compiles on import, which takes seconds
-
-            yield umap, {"n_neighbors": n_neighbors, "random_state": seed, "metric": "precomputed"}
-        finally:
-            torch.set_num_threads(threads)
-
-
 def map_trustworthiness(x: np.ndarray, xy: np.ndarray, k: int = 10) -> float:
     """How far a map's neighbours are neighbours in the full space too: 0 to 1, higher is better.
 
     Each of the k nearest on the map that is none of the k nearest by cosine costs its rank beyond
-    k (Venna & Kaski 2001). Memory grows with n squared: 1.5 GB for 8,000 points.
-
-    x, xy: (n, D) and (n, 2) float, the embeddings and their map; n > 2 k.
-    """
+    k (Venna & Kaski 2001). Memory grows with n squared: 1.5 GB for 8,000 points. x, xy: (n, D) and
+    (n, 2) float, the embeddings and their map; n > 2 k."""
     from sklearn.manifold import trustworthiness
 
     return float(trustworthiness(x, xy, n_neighbors=k, metric="cosine"))

@@ -218,6 +218,10 @@ def models():
     return {name: crowds + 0.2 * rng.normal(size=crowds.shape) for name in ("a", "b", "c")}
 
 
+def map_of(x, **settings):
+    return analysis.aligned_maps({"alone": x}, **settings)["alone"]
+
+
 def test_aligned_maps_are_deterministic_and_closer_than_maps_of_their_own(models):
     maps = analysis.aligned_maps(models)
     again = analysis.aligned_maps(models)
@@ -225,7 +229,7 @@ def test_aligned_maps_are_deterministic_and_closer_than_maps_of_their_own(models
     for each in models:
         assert maps[each].shape == (150, 2)
         np.testing.assert_array_equal(maps[each], again[each])
-    alone = {name: analysis.umap_map(x) for name, x in models.items()}
+    alone = {name: map_of(x) for name, x in models.items()}
 
     def moved(maps):
         """Mean way of a sentence from one map to the next, beside the maps' own extent."""
@@ -238,8 +242,8 @@ def test_aligned_maps_are_deterministic_and_closer_than_maps_of_their_own(models
 
 def test_a_map_leaves_torch_its_number_of_threads():
     code = (
-        "import numpy, torch; from fcse.analysis import umap_map\n"
-        "umap_map(numpy.random.default_rng(0).normal(size=(40, 8)))\n"
+        "import numpy, torch; from fcse.analysis import aligned_maps\n"
+        "aligned_maps({'a': numpy.random.default_rng(0).normal(size=(40, 8))})\n"
         "print(torch.get_num_threads())"
     )
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
@@ -250,9 +254,10 @@ def test_a_map_leaves_torch_its_number_of_threads():
 
 
 def test_a_single_model_gets_a_map_of_its_own(models):
-    (xy,) = analysis.aligned_maps({"a": models["a"]}, seed=1).values()
-    np.testing.assert_array_equal(xy, analysis.umap_map(models["a"], seed=1))
-    assert not np.array_equal(xy, analysis.umap_map(models["a"], seed=2))
+    xy = map_of(models["a"], seed=1)
+    assert xy.shape == (150, 2)
+    np.testing.assert_array_equal(xy, map_of(models["a"], seed=1))
+    assert not np.array_equal(xy, map_of(models["a"], seed=2))
 
 
 def test_trustworthiness_by_brute_force(models):
@@ -267,4 +272,4 @@ def test_trustworthiness_by_brute_force(models):
         cost += sum(rank[j] - k for j in nearest if rank[j] > k)
     expected = 1 - 2 * cost / (150 * k * (2 * 150 - 3 * k - 1))
     assert analysis.map_trustworthiness(x, xy, k) == pytest.approx(expected)
-    assert analysis.map_trustworthiness(x, analysis.umap_map(x), k) > 0.9 > expected
+    assert analysis.map_trustworthiness(x, map_of(x), k) > 0.9 > expected

@@ -35,8 +35,7 @@ def scores(table: pd.DataFrame) -> Picture:
 def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Picture:
     """Every seed's score as a point, the mean of each loss with its interval beside.
 
-    scores, summary: as of `report.score_runs` and `report.over_seeds`, of one group of settings.
-    """
+    scores, summary: as of `report.score_runs` and `report.over_seeds`, of one group of settings."""
     tasks, names = by(scores, "task"), list(scores["name"].unique())
     figure, axes = new_axes(len(tasks), width=max(3.6, 1.3 * len(names)))
     figure.alt = "Spearman × 100 of every seed, the mean and its interval."
@@ -64,8 +63,7 @@ def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Picture:
 def beside_published(points: pd.DataFrame, noise: Mapping[str, Mapping[str, float]]) -> Picture:
     """Published averages and runs beside the spread that 50 seeds of SimCSE have.
 
-    points: as of `report.beside_published`. noise: backbone -> "mean", "sd", "min", "max".
-    """
+    points: as of `report.beside_published`. noise: backbone -> "mean", "sd", "min", "max"."""
     backbones = by(points, "backbone")
     figure, (axes,) = new_axes(width=8, height=1.2 + 0.6 * len(backbones))
     figure.alt = "Mean Spearman × 100 over the seven STS tasks, a row a backbone."
@@ -120,9 +118,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
     """Paired differences over seeds with their intervals, one line a pair.
 
     A line has the style of the loss; an objective with other parameters than its own is hollow.
-
-    table: as of `findings.contrasts`. title: what was run.
-    """
+    table: as of `findings.contrasts`. title: what was run."""
     scores, corpora = by(table, "score"), list(table["corpus"].unique())
     shades = dict(zip(corpora, np.linspace(1, 0.45, len(corpora)), strict=True))
     pairs = list(dict.fromkeys(zip(table["name"], table["baseline"], strict=True)))
@@ -161,8 +157,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
 def surface(table: pd.DataFrame, title: str) -> Picture:
     """Score over m and temperature: Focal-InfoNCE as a map, and its rows beside InfoNCE's curve.
 
-    table: as of `findings.means` of "temperature" and "m", by "objective". title: what was run.
-    """
+    table: as of `findings.means` of "temperature" and "m", by "objective". title: what was run."""
     focal = table[table["objective"] == "focal_info_nce"]
     plain = table[table["objective"] == "info_nce"].sort_values("temperature")
     grid = focal.pivot_table(index="m", columns="temperature", values="score")
@@ -208,8 +203,7 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
     """Score against one setting on a logarithmic axis, a line a loss, with the span of the seeds.
 
     table: as of `findings.means` of the setting. xlabel: what to call it, with its unit. title:
-    what was run.
-    """
+    what was run."""
     figure, (axes,) = new_axes(width=7.5)
     figure.alt = f"{title}."
     for name, rows in by(table, "name"):
@@ -239,10 +233,7 @@ ALONG = {
 
 @plt.rc_context(STYLE)
 def along_training(table: pd.DataFrame) -> Picture:
-    """What each loss does to the same batches as training goes on: a line a seed.
-
-    table: as of `findings.along_training`, for several runs.
-    """
+    """What each loss does to the batches of `findings.along_training`: a line a seed."""
     figure, axes = new_axes(len(ALONG), width=3.5, height=3.4)
     figure.alt = "Mean over seeds, from the first state to the last."
     for axis, (column, label) in zip(axes, ALONG.items(), strict=True):

@@ -33,8 +33,7 @@ def pick_runs(source: str | Path = SHORT) -> dict[str, TrainResult]:
     done; a run folder; or the name or folder of an encoder, which stands for a run of no steps.
 
     Returns: Name of the loss ("chosen encoder" for one without training) -> run. InputError: as in
-    `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`.
-    """
+    `training.train`, `training.read_run`, `SentenceEncoder.from_pretrained`."""
     if source in RECIPES:
         return train_objectives(recipe(str(source)))
     if data.is_file(Path(source) / "run.json"):
@@ -50,8 +49,7 @@ def pick_runs(source: str | Path = SHORT) -> dict[str, TrainResult]:
 def with_untrained(runs: Mapping[str, TrainResult]) -> dict[str, SentenceEncoder]:
     """The encoders to put side by side: where training began, under "untrained", and where it led.
 
-    A run of no steps, what `pick_runs` makes of an encoder, stands for itself alone.
-    """
+    A run of no steps, what `pick_runs` makes of an encoder, stands for itself alone."""
     encoders = {}
     for name, run in runs.items():
         if run.steps != [0]:
@@ -64,8 +62,7 @@ def histories(runs: Mapping[str, TrainResult]) -> tuple[pd.DataFrame, pd.DataFra
     """What each run wrote down as it went.
 
     Returns: The losses, columns "name", "step", "loss"; and the scorings, columns "name", "step",
-    "lee" (100 x Spearman) and what else was scored.
-    """
+    "lee" (100 x Spearman) and what else was scored."""
     losses = [
         (name, step, loss)
         for name, run in runs.items()
@@ -92,18 +89,14 @@ def scores_of(encoders: Mapping[str, SentenceEncoder], tasks: list[SentencePairs
 
 
 def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame, Path]:
-    """Train InfoNCE and Focal-InfoNCE, score them beside the start, draw.
+    """Train a config with InfoNCE and Focal-InfoNCE, score them beside the start, draw.
 
-    What is in the runs folder already is reused, so that a second call takes seconds.
-
-    Args:
-        config: of both runs but for the objective.
-        folder: where figures go, PNG, SVG and CSV; by default study/ beside the runs.
+    What is in the runs folder already is reused, so that a second call takes seconds. Figures go to
+    the folder as PNG, SVG and CSV; by default to study/ beside the runs.
 
     Returns: One row a score: columns "encoder" (untrained, or the name of a loss), "task", "score"
     (100 x Spearman), "alignment", "uniformity"; and the folder of the figures. InputError: as in
-    `training.train`.
-    """
+    `training.train`."""
     folder = folder or data.runs_folder() / "study"
     plots.make_folder(folder)
     runs = train_objectives(config)

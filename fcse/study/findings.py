@@ -1,7 +1,6 @@
 """What the rows of the study say: chosen settings, paired contrasts, surfaces, states on the way.
 
-The tables are those of the grids in figures/study/, one CSV beside each TOML file.
-"""
+The tables are those of the grids in figures/study/, one CSV beside each TOML file."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,8 +40,7 @@ CONTRASTS = {
 def read_study(*paths: Path) -> pd.DataFrame:
     """Rows of grids' CSV files, with "avg", the mean of the STS tasks, where all seven are there.
 
-    InputError: a file is not there, or is no such table.
-    """
+    InputError: a file is not there, or is no such table."""
     return pd.concat(map(_read_grid, paths), ignore_index=True)
 
 
@@ -70,8 +68,7 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
     Every objective with InfoNCE at the paper's temperature; Focal-InfoNCE, with any parameters but
     those of `VARIANTS`, with an InfoNCE at another one, the fair opponent whose temperature was
-    chosen on the dev split; and every loss with methods with the same one without.
-    """
+    chosen on the dev split; and every loss with methods with the same one without."""
     variants = {*map(name_of, VARIANTS)} - {FOCAL}
     names = sorted(dict.fromkeys(names), key=lambda each: (rank(alone(each)), rank(each), each))
     objectives = [each for each in names if alone(each) == each]
@@ -99,17 +96,14 @@ def contrasts(
 ) -> pd.DataFrame:
     """Losses against each other, paired over seeds, corrected for the number of comparisons.
 
-    Args:
-        table: from `read_study`, with one row a loss, corpus and seed.
-        scores: columns of scores; the comparisons of one score on one corpus are a family.
-        compared: (baseline, loss) each, by name; else `pairs` of the losses in the table.
+    table: from `read_study`, one row a loss, corpus and seed. The comparisons of one score on one
+    corpus are a family. compared: (baseline, loss) each, by name; else `pairs` of the table's.
 
     Returns: One row a score, corpus and pair: "score", "corpus", "baseline", "name", "seeds",
     "mean" (of the loss of that name), "difference" (to the baseline, points of 100 x Spearman),
     "low", "high" (95 % interval of one comparison), "effect" (the difference in standard deviations
     of the paired differences, Cohen's d_z), "p" (paired t test) and "p_holm". InputError: a loss
-    without two seeds in common with its baseline.
-    """
+    without two seeds in common with its baseline."""
     compared = pairs(table["name"]) if compared is None else compared
     rows = []
     for score, (corpus, family) in product(scores, table.groupby("corpus")):
@@ -129,8 +123,7 @@ def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
 
     Returns: One row a score and method that ran both ways: "score", "method" and the numbers of
     `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain with the modulation.
-    The methods on one score are a family. InputError: as in `contrasts`.
-    """
+    The methods on one score are a family. InputError: as in `contrasts`."""
     rows = []
     for score in scores:
         by_seed = table.pivot_table(index="seed", columns="name", values=score)
@@ -192,8 +185,7 @@ def written(table: pd.DataFrame) -> pd.Series:
 def shown(gains: pd.DataFrame, baseline: str, loss: str, sign: int = 1) -> pd.Series:
     """Whether a loss lies above its baseline (sign -1: below), p < 0.05 after Holm's correction.
 
-    gains: `contrasts` of one score. Returns bools, indexed by corpus.
-    """
+    gains: `contrasts` of one score. Returns bools, indexed by corpus."""
     found = gains[(gains["baseline"] == baseline) & (gains["name"] == loss)].set_index("corpus")
     return (sign * found["difference"] > 0) & (found["p_holm"] < 0.05)
 
@@ -202,8 +194,7 @@ def verdicts(hypotheses: Mapping[str, pd.Series]) -> pd.DataFrame:
     """Hypotheses kept or dropped: kept where one holds everywhere it was looked at.
 
     hypotheses: what is claimed -> bool, indexed by where: a corpus, a step, a setting. Returns: One
-    row each: "hypothesis", "verdict" (kept or dropped), "holds_at" (as text).
-    """
+    row each: "hypothesis", "verdict" (kept or dropped), "holds_at" (as text)."""
     rows = [
         (said, "kept" if len(x) and x.all() else "dropped", ", ".join(map(str, x.index[x])) or "-")
         for said, x in hypotheses.items()
@@ -218,8 +209,7 @@ def means(
 
     by: "name" of the loss; or "objective", where the settings are of the objective itself. Returns:
     Columns `by`, the settings that vary (NaN where a loss does not have one), "score", "low",
-    "high" (the lowest and the highest seed), "seeds".
-    """
+    "high" (the lowest and the highest seed), "seeds"."""
     grouped = table.groupby([by, *settings], dropna=False)[score]
     found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
     names = sorted(set(found[by]), key=lambda each: (rank(each), each))
@@ -244,8 +234,7 @@ def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -
 
     Returns: One row a state, each number a mean over batches: "name" of the loss, "seed", "step",
     and the columns of `analysis.effects`. InputError: the run has a method that acts on more than
-    the similarities of a batch.
-    """
+    the similarities of a batch."""
     config = run.config
     rows = []
     for step in run.steps:
@@ -264,8 +253,7 @@ def take_over(folder: Path, runs: Path) -> None:
 
     For each NAME.toml in the folder, NAME.csv is renewed from NAME/results.csv under `runs`; states
     along training whose weights are there are measured; study/scores.csv is taken, where STS-B was
-    at hand. InputError: nothing of that is there, or a table cannot be written.
-    """
+    at hand. InputError: nothing of that is there, or a table cannot be written."""
     names = [path.stem for path in sorted(folder.glob("*.toml"))]
     known = [name for name in names if is_file(runs / name / "results.csv")]
     scores = runs / "study/scores.csv"
@@ -294,8 +282,7 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
 
     Returns: Name -> table: "chosen", "learning_rate", "batch_size", "surface", "along_training",
     "scores" and the names of `CONTRASTS`. InputError: none of them is there, a table that is none
-    of a study, or a figure that cannot be written.
-    """
+    of a study, or a figure that cannot be written."""
     found: dict[str, pd.DataFrame] = {}
     if paths := _tables(folder, RATES):
         found["chosen"] = chosen(read_study(*paths), ["learning_rate"])

@@ -31,8 +31,7 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
     Returns: One row a run: "folder" (Path), "name" (of the loss, see `TrainConfig.name`; where one
     name stands for several classes, with a digest of what each does), "encoder", "seed", "settings"
     (every other setting that is not the same in all of them, "" where all are). InputError: no such
-    folder, no finished run in it, or a run.json that cannot be read.
-    """
+    folder, no finished run in it, or a run.json that cannot be read."""
     configs, folder = {}, Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder of runs at {folder}: train with fcse train, or name another")
@@ -72,8 +71,7 @@ def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFra
     """The runs of `load_runs` on every task; what was scored once is read from its scores.json.
 
     Returns: One row a score: the columns of `runs`, "task", "score" (100 x Spearman), "alignment",
-    "uniformity"; and where all seven STS tasks are among them, their mean as task "avg".
-    """
+    "uniformity"; and where all seven STS tasks are among them, their mean as task "avg"."""
     rows: list[dict[str, Any]] = []
     for run in runs.to_dict("records"):
         scores = judged(run["folder"], tasks, run["folder"] / "scores.json")
@@ -89,13 +87,8 @@ def judged(
 ) -> dict[str, dict[str, float]]:
     """`judge_tasks` by the tasks' names; what `path` holds already is not computed again.
 
-    Args:
-        encoder: or the folder of a run, loaded only where something is left to compute.
-        tasks: told apart by their names.
-        path: a JSON file, made or extended.
-
-    InputError: `path` is no valid JSON or cannot be written.
-    """
+    An encoder may be the folder of a run, loaded only where something is left to compute. path: a
+    JSON file, made or extended. InputError: it is no valid JSON or cannot be written."""
     try:
         known = json.loads(path.read_text()) if path.is_file() else {}
         missing = [pairs for pairs in tasks if pairs.name not in known]
@@ -114,18 +107,13 @@ def judged(
 
 
 def over_seeds(scores: pd.DataFrame, baseline: str = "InfoNCE") -> pd.DataFrame:
-    """Mean, spread and interval of each loss over its seeds, and its gain over a baseline.
+    """Mean, spread and interval of each loss over its seeds, and its gain over that baseline.
 
     The gain is paired: over the seeds that both have under the same settings.
 
-    Args:
-        scores: from `score_runs`.
-        baseline: the name of a loss.
-
-    Returns: One row per settings, task and loss: "seeds", "mean", "sd", "low", "high" (NaN for a
-    single seed), and "gain": a `Comparison`, None for the baseline itself and where fewer than two
-    seeds are common.
-    """
+    Returns: One row per settings, task and loss of `score_runs`: "seeds", "mean", "sd", "low",
+    "high" (NaN for a single seed), and "gain": a `Comparison`, None for the baseline itself and
+    where fewer than two seeds are common."""
     rows = []
     for (settings, task), group in scores.groupby(["settings", "task"], sort=False):
         by_seed = group.pivot_table(index="seed", columns="name", values="score")
@@ -149,8 +137,7 @@ def beside_published(scores: pd.DataFrame | None = None) -> pd.DataFrame:
 
     Returns: One row a result: "backbone", "name", "source" (published, or a run's folder name),
     "avg", and "z": by how many standard deviations of the 50 SimCSE seeds of that backbone it lies
-    above their mean, NaN for a backbone without them.
-    """
+    above their mean, NaN for a backbone without them."""
     rows = published.results()
     if scores is not None:
         for run in scores[scores["task"] == "avg"].to_dict("records"):

@@ -24,8 +24,7 @@ class MapExplorer:
 
     Attributes:
         group, word: the controls.
-        scatters: name of a map -> its `jscatter.Scatter`.
-    """
+        scatters: name of a map -> its `jscatter.Scatter`."""
 
     def __init__(
         self,
@@ -34,13 +33,10 @@ class MapExplorer:
         labels: Sequence[str],
         groups: Sequence[str],
     ) -> None:
-        """Build the explorer.
+        """Build the explorer of maps by their titles, as of `analysis.aligned_maps`.
 
-        Args:
-            maps: title -> (n, 2) float, as of `analysis.aligned_maps`.
-            sentences, labels: n sentences, and what each belongs to, such as its article.
-            groups: at most eight labels that get a colour; all others are grey.
-        """
+        labels: what each sentence belongs to, such as its article. groups: at most eight labels
+        that get a colour; all others are grey."""
         self._table = pd.DataFrame({"sentence": sentences, "article": labels})
         group = self._table["article"].where(self._table["article"].isin(groups), plots.OTHERS)
         colours = plots.group_colours(groups)

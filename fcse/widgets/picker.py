@@ -1,11 +1,10 @@
 """What a notebook looks at: runs or encoders, chosen in a widget or set in its parameter cell."""
 
 import html
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
@@ -20,10 +19,8 @@ from fcse.study.embedded import SHORT, pick_runs, train_objectives
 from fcse.training import TrainResult
 from fcse.widgets.pictures import labelled
 
-Runs = TypeVar("Runs")
 
-
-class _Picker(ABC, Generic[Runs]):
+class _Picker:
     """A choice from a list, a field for what is not in it, and a line that says what happened.
 
     Fresh runs are trained once `runs` is read; everything else is loaded when it is picked. What
@@ -31,8 +28,7 @@ class _Picker(ABC, Generic[Runs]):
 
     Attributes:
         choice, name: the controls; `name` acts on Enter.
-        source: what is picked; `runs` is what that gives.
-    """
+        source: what is picked; `runs` is what that gives."""
 
     def __init__(
         self, source: str, options: Mapping[str, str], named: str, field: str, placeholder: str
@@ -40,11 +36,10 @@ class _Picker(ABC, Generic[Runs]):
         """Build the picker with `source` picked.
 
         options: label -> source; the first one stands for fresh runs. named: label of what the
-        field holds. field, placeholder: its own label, and what it says while it is empty.
-        """
+        field holds. field, placeholder: its own label, and what it says while it is empty."""
         self.source = source
         self._fresh = next(iter(options.values()))
-        self._runs: Runs | None = None
+        self._runs: Any = None
         known = source in options.values()
         look = {"value": source if known else "", **labelled("look at", "7em", "36em")}
         self.choice = widgets.Dropdown(options={**options, named: ""}, **look)
@@ -62,7 +57,7 @@ class _Picker(ABC, Generic[Runs]):
         return html.unescape(self._said.value)
 
     @property
-    def runs(self) -> Runs:
+    def runs(self) -> Any:
         """What is picked, trained or loaded; InputError: it cannot be."""
         if self._runs is None:
             self._runs = self._load(self.source)
@@ -79,8 +74,8 @@ class _Picker(ABC, Generic[Runs]):
         self.source, self._runs = source, runs
         self._say(f"{source} is picked: run the cells below again.")
 
-    @abstractmethod
-    def _load(self, source: str) -> Runs: ...
+    def _load(self, source: str) -> Any:
+        raise NotImplementedError
 
     def _by_name(self) -> None:
         if self.name.value.strip():
@@ -91,11 +86,10 @@ class _Picker(ABC, Generic[Runs]):
         self._said.value = html.escape(text)
 
 
-class RunPicker(_Picker[dict[str, TrainResult]]):
+class RunPicker(_Picker):
     """A choice among fresh short runs, the run folders that are there, and any encoder.
 
-    `name` takes a hub name or a folder; `source` and `runs` are those of `pick_runs`.
-    """
+    `name` takes a hub name or a folder; `source` and `runs` are those of `pick_runs`."""
 
     def __init__(self, source: str | Path = SHORT) -> None:
         """Build the picker, with what is picked at first."""
@@ -113,20 +107,18 @@ class RunPicker(_Picker[dict[str, TrainResult]]):
         return pick_runs(source)
 
 
-class SeedsPicker(_Picker[pd.DataFrame]):
+class SeedsPicker(_Picker):
     """A choice between fresh runs of both losses for a few seeds, and a folder that holds such.
 
     `source` is a recipe's name for fresh runs, or a folder; `runs` are those of both losses with
-    these seeds, as of `report.load_runs`, of several settings those with the most seeds.
-    """
+    these seeds, as of `report.load_runs`, of several settings those with the most seeds."""
 
     def __init__(
         self, folder: str | Path | None = None, recipe: str = SHORT, seeds: Sequence[int] = (0,)
     ) -> None:
         """Build the picker with a folder picked, or fresh runs.
 
-        recipe: runs that started from this one count, and fresh ones do. seeds: of each loss.
-        """
+        recipe: runs that started from this one count, and fresh ones do. seeds: of each loss."""
         self._recipe, self._seeds = recipe, list(seeds)
         self._named = ", ".join(map(str, seeds))
         super().__init__(
