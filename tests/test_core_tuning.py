@@ -1,6 +1,7 @@
 """The mixed pairs of Core-tuning and their loss, against the formulas written out in float64."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -282,3 +283,10 @@ def test_the_loss_of_a_step_is_the_formula(settings, alike, margin, tiny_model, 
     objective = FocalWeight(FocalInfoNCE(0.2)) if settings.focal_weight else FocalInfoNCE(0.2)
     expected = by_hand(*arrays, groups, objective, margin, teacher)
     assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("weigh", [FocalWeight, lambda x: FocalWeight(FocalWeight(x))])
+def test_a_schedule_behind_the_weight_reaches_the_objective(weigh):
+    weighed = weigh(FocalInfoNCE(0.05, 0.3))
+    assert weighed.temperature == 0.05
+    assert replace(weighed, temperature=0.1) == weigh(FocalInfoNCE(0.1, 0.3))

@@ -103,6 +103,12 @@ class FocalWeight:
     objective: Any
     """Where logits and slopes come from."""
 
+    def __init__(self, objective: Any, **changes: Any) -> None:
+        """`changes`, as `replace` hands them on, are those of the other objective."""
+        object.__setattr__(
+            self, "objective", replace(objective, **changes) if changes else objective
+        )
+
     def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
         """Those of the other objective, (N, M)."""
         return self.objective.logits(sim, positives)
