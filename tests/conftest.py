@@ -31,6 +31,7 @@ from fcse.data import load_corpus, load_lee
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
+from fcse.training import train
 
 # A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -165,6 +166,17 @@ def one_line_refusal(match):
     with pytest.raises(InputError, match=match) as refusal:
         yield
     assert "\n" not in str(refusal.value)
+
+
+def train_until_interrupted(config, last):
+    """Train until Ctrl-C comes after a step."""
+
+    def stop(step, encoder):
+        if step == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
 
 
 def lee_score(encoder):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_refusal
+from conftest import one_line_refusal, train_until_interrupted
 
 from fcse import losses, methods, plots
 from fcse.config import TrainConfig, configured, recorded
@@ -124,12 +124,7 @@ def test_a_run_with_labels_goes_on_as_undisturbed(config, tmp_path):
     together = replace(config, methods=TOGETHER)
     undisturbed = train(elsewhere(together, tmp_path, "undisturbed"))
 
-    def stop(step, encoder):
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(together, stop)
+    train_until_interrupted(together, 4)
     again = train(together)
     assert again.losses == undisturbed.losses
     assert again.record["weights"] == undisturbed.record["weights"]

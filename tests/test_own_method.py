@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import train_until_interrupted
 from own_process import train_until_killed
 from safetensors.torch import load_file
 from torch import nn
@@ -130,12 +131,7 @@ def test_it_trains_and_goes_on_after_a_kill(config, tmp_path, method):
     whole = train(replace(config, output=str(tmp_path / "whole")))
     assert whole.losses != plain.losses
 
-    def stop(step, encoder):
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
+    train_until_interrupted(config, 5)
     again = train(config)
     assert again.losses == whole.losses
     assert again.record["weights"] == whole.record["weights"]

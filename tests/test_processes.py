@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lee_score, one_line_refusal
+from conftest import lee_score, one_line_refusal, train_until_interrupted
 from one_step import LENGTH, one_step
 from own_process import flags
 from safetensors.torch import load_file
@@ -121,11 +121,7 @@ def test_a_batch_that_cannot_be_shared_is_one_line(still_model, corpus, tmp_path
 def test_other_many_processes_do_not_go_on_with_a_run(tiny_config, tmp_path):
     config = tiny_config(tmp_path / "run", eval_steps=1)
 
-    def stop(step, encoder):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
+    train_until_interrupted(config, 1)
     path = tmp_path / "run/resume/1/state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 8}))
     with one_line_refusal("begun by 8 processes, not 1"):

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import one_line_refusal
+from conftest import one_line_refusal, train_until_interrupted
 from own_process import flags, start
 
 from fcse.training import load_run, read_run, train
@@ -118,12 +118,7 @@ def test_two_who_ask_for_one_run_share_it(config, undisturbed, tmp_path, killed)
 
 
 def test_it_goes_on_from_the_last_whole_state(config, undisturbed, tmp_path):
-    def stop(step, encoder):
-        if step == 14:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
+    train_until_interrupted(config, 14)
     states = tmp_path / "run/resume"
     assert {path.name for path in states.iterdir()} == {"5", "10"}
     whole = (states / "10/state.safetensors").read_bytes()
@@ -195,12 +190,7 @@ def test_a_half_written_last_line_is_taken_back(config, undisturbed, tmp_path):
 
 
 def test_other_settings_do_not_go_on_with_it(config):
-    def stop(step, encoder):
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
+    train_until_interrupted(config, 5)
     with one_line_refusal("holds another run"):
         train(replace(config, seed=1))
     assert json.loads((config.folder / "run.json").read_text())["finished"] is False
