@@ -205,10 +205,7 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
 
     InputError: an unknown name, a value of the wrong type or out of range, or a parameter beside an
     objective that is a value and has its own."""
-    flat: dict[str, Any] = {}
-    for name, value in given.items():
-        inner = value.items() if isinstance(value, Mapping) else None
-        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner}
+    flat = flattened(given)
     objective, on = config.objective, {method.key: method for method in config.methods}
     if isinstance(chosen := flat.pop("objective", objective), str):
         objective, on = parse(chosen)
@@ -243,6 +240,15 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     return replace(config, objective=objective, methods=tuple(on.values()), **rest)
 
 
+def flattened(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by flat names: sscl.layers for what stands in a mapping under sscl."""
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        inner = isinstance(value, Mapping)
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if inner else {name: value}
+    return flat
+
+
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -274,8 +280,8 @@ def typed(said: str, kind: type, name: str, value: Any) -> Any:
 
 
 def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
-    if said in OLD:
-        return f"write {OLD[said][0]}.{said}"
+    if new := renamed(said):
+        return f"write {new}"
     if said in methods.names():
         return f"write {said}.{fields(methods.method(said))[0].name}"
     known = [*hints]
@@ -301,6 +307,11 @@ OLD: dict[str, tuple[str, Any, Any]] = {
 }
 """Setting of a method, as it was called before methods had settings of their own -> the method,
 what its name stood for, and what is off."""
+
+
+def renamed(setting: str) -> str | None:
+    """What a setting of a method is called today, None where it had no other name."""
+    return f"{OLD[setting][0]}.{setting}" if setting in OLD else None
 
 
 def recorded(record: Mapping[str, Any]) -> TrainConfig:

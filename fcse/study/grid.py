@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from fcse import methods
-from fcse.config import PARAMETERS, TrainConfig, configured, recorded
+from fcse.config import PARAMETERS, TrainConfig, configured, flattened, recorded, renamed
 from fcse.data import STS_TASKS, is_file
 from fcse.errors import InputError
 from fcse.recipes import recipe
@@ -104,7 +104,7 @@ def _parse(content: Mapping[str, Any]) -> tuple[list[TrainConfig], list[int], li
     settings: list[TrainConfig] = []
     for number, table in enumerate(tables, start=1):
         _check_keys(table, f" in [[runs]] table {number}")
-        settings += _crossed(base, _flat(common) | _flat(table))
+        settings += _crossed(base, flattened(common) | flattened(table))
     return list(dict.fromkeys(settings)), list(dict.fromkeys(seeds)), list(dict.fromkeys(tasks))
 
 
@@ -115,23 +115,11 @@ def _check_keys(table: Mapping[str, Any], where: str) -> None:
             continue
         if key in _TOP:
             raise InputError(f"{key}{where}: it belongs at the top of the file")
-        try:
-            configured(TrainConfig(), {key: table[key]})
-        except InputError as error:
-            if "write " in str(error):
-                raise InputError(f"{error}{where}") from None
+        if new := renamed(key):
+            raise InputError(f"unknown key {key!r}: write {new}{where}")
         near = get_close_matches(key, [*known, *_TOP], n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
         raise InputError(f"unknown key {key!r}{where}: {hint}")
-
-
-def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """By flat names: sscl.layers for what stands in a table sscl."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        inner = isinstance(value, Mapping)
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if inner else {name: value}
-    return flat
 
 
 def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfig]:
