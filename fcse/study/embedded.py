@@ -12,6 +12,7 @@ from fcse.data import SentencePairs
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.evaluation import judge_tasks, judged_pairs, score
 from fcse.recipes import RECIPES, recipe
+from fcse.study.grid import SCORES
 from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published, judged
 from fcse.training import TrainResult, read_run, train
@@ -104,7 +105,7 @@ def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame
     untrained, tasks = first.encoder_at(0), judged_tasks()
     start = first.record["weights"]["first"][:8]
     encoders = [("untrained", untrained, first.folder.with_name(f"untrained-{start}.json"))]
-    encoders += [(name, run.encoder, run.folder / "scores.json") for name, run in runs.items()]
+    encoders += [(name, run.encoder, run.folder / SCORES) for name, run in runs.items()]
     rows = [
         {"encoder": name, "task": task, **scores}
         for name, encoder, path in encoders

@@ -16,6 +16,7 @@ from fcse.evaluation import judge_tasks
 from fcse.objectives import rank
 from fcse.statistics import compare_seeds, summarise_seeds
 from fcse.study import published
+from fcse.study.grid import SCORES
 
 _SAID = ("recipe", "objective", "seed", *PARAMETERS)
 """Settings that the name of a loss, or a column of its own, says already."""
@@ -74,7 +75,7 @@ def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFra
     "uniformity"; and where all seven STS tasks are among them, their mean as task "avg"."""
     rows: list[dict[str, Any]] = []
     for run in runs.to_dict("records"):
-        scores = judged(run["folder"], tasks, run["folder"] / "scores.json")
+        scores = judged(run["folder"], tasks, run["folder"] / SCORES)
         rows += [run | {"task": task} | found for task, found in scores.items()]
         if scores.keys() >= set(STS_TASKS):
             average = sum(scores[task]["spearman"] for task in STS_TASKS) / len(STS_TASKS)
