@@ -145,8 +145,12 @@ def tenths(s: np.ndarray) -> list[np.ndarray]:
 def decile_shares(sim: Tensor, objective: Any, columns: Columns = PLAIN) -> np.ndarray:
     """Share of the absolute pull on negatives that each of their `tenths` gets: (10,), sum 1."""
     s, pull = negative_pulls(sim, objective, columns)
-    pull = np.abs(pull)
-    return np.array([pull[tenth].sum() for tenth in tenths(s)]) / pull.sum()
+    return np.array([_share(pull, tenth) for tenth in tenths(s)])
+
+
+def _share(pull: np.ndarray, part: np.ndarray) -> float:
+    """The absolute pull on a part of the negatives, of that on all."""
+    return float(np.abs(pull[part]).sum() / np.abs(pull).sum())
 
 
 def hardest_share(sim: Tensor, objective: Any, columns: Columns = PLAIN) -> float:
@@ -224,14 +228,15 @@ def effects(
     p, slope = _negatives(logit.softmax(dim=1)), _negatives(slope)
     titles = np.asarray(labels)
     same = _negatives(torch.from_numpy(titles[:, None] == titles))
+    hardest = tenths(s)[-1]
     return {
         "effective_temperature": float(p.sum() / (p * slope).sum()),
-        "hardest": hardest_share(sim, objective, columns),
+        "hardest": _share(pull, hardest),
         "hardest_plain": hardest_share(sim, plain(objective)),
         "below": float((slope < 0).mean()),
-        "towards": float(np.abs(pull[pull < 0]).sum() / np.abs(pull).sum()),
-        "same_article": float(same[tenths(s)[-1]].mean()),
-        "same_article_pull": float(np.abs(pull[same]).sum() / np.abs(pull).sum()),
+        "towards": _share(pull, pull < 0),
+        "same_article": float(same[hardest].mean()),
+        "same_article_pull": _share(pull, same),
     }
 
 
@@ -256,8 +261,7 @@ def below_resting_point(
     rows = []
     for m in m_values:
         s, pull = negative_pulls(sim, FocalInfoNCE(temperature, m))
-        towards = np.abs(pull[pull < 0]).sum() / np.abs(pull).sum()
-        rows.append((m, -m / 2, float((s < -m / 2).mean()), float(towards)))
+        rows.append((m, -m / 2, float((s < -m / 2).mean()), _share(pull, pull < 0)))
     return pd.DataFrame(rows, columns=["m", "resting_point", "below", "pull_towards"])
 
 

@@ -308,7 +308,7 @@ class _LossInChunks(torch.autograd.Function):
                 du[at] += last * negative[at]
             if positive is not None:
                 own = share * pulls.diagonal(first)[:, None]
-                pulls = pulls.masked_fill(_positives(pulls, first), 0)
+                pulls = pulls.masked_fill(rows.positives[:, : len(v)], 0)
                 dp[at] = own * anchors
                 du[at] += own * positive[at]
             du[at] += share * (pulls @ v)

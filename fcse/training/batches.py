@@ -101,8 +101,7 @@ def loss_of(
     objective: Any, acting: Sequence[Moments], autocast: torch.autocast, compared: Comparison
 ) -> Tensor:
     """The loss of a comparison: the objective's, as the methods combine it, and theirs beside."""
-    for method in acting:
-        objective = method.objective(compared.batch.step, objective)
+    objective = _of_step(compared.batch.step, objective, acting)
     value: Callable[[Comparison], Tensor] = partial(_value, objective, acting)
     for method in reversed(acting):
         value = partial(method.loss, value)
@@ -141,10 +140,14 @@ def seen(
         method.receive(batch)
     nothing = torch.zeros(len(sentences), 1, device=device)
     compared = Comparison(batch, [], nothing, nothing, places, places, places < 0)
-    objective = config.objective
-    for method in acting:
-        objective = method.objective(1, objective)
+    objective = _of_step(batch.step, config.objective, acting)
     return objective, losses.Columns(turns=_turns(acting, compared))
+
+
+def _of_step(step: int, objective: Any, acting: Sequence[Moments]) -> Any:
+    for method in acting:
+        objective = method.objective(step, objective)
+    return objective
 
 
 def _turns(acting: Sequence[Moments], compared: Comparison) -> tuple[losses.Turn, ...]:
