@@ -1,10 +1,10 @@
-"""Scores after 100 steps: our training against sentence-transformers' trainer, over seeds.
+"""Scores after 100 steps: our training in bf16 and in float32, and sentence-transformers' trainer.
 
-Both start from the packaged encoder and the same head, and see batches of 64 sentences of the
+All start from the packaged encoder and the same head, and see batches of 64 sentences of the
 packaged corpus, each paired with itself, under the same loss (InfoNCE, temperature 0.05),
-optimiser, schedule, length and precision (float32). The weights are scored by the same code on Lee
-and, where FCSE_SENTEVAL names the data, on STS-B's dev split. Two runs go on at a time, a thread
-each.
+optimiser, schedule and length; the peer in float32. The weights are scored in float32 on Lee and,
+where FCSE_SENTEVAL names the data, on STS-B's dev split. Two runs go on at a time, a thread each.
+Our two precisions are paired by their seeds: head, order of the data and dropout are the same.
 
     python benchmarks/equal_learning.py [SEEDS]
 """
@@ -34,6 +34,7 @@ from fcse.training import TrainConfig, train
 
 CONFIG = TrainConfig(objective="info_nce", mask_duplicates=False, precision="float32")
 PEER = "sentence-transformers"
+WHO = ("bf16", "float32", PEER)
 
 
 def peer(seed: int, folder: str) -> SentenceEncoder:
@@ -69,7 +70,7 @@ def run(who: str, seed: int) -> dict[str, float | str]:
         if who == PEER:
             encoder = peer(seed, folder)
         else:
-            encoder = train(replace(CONFIG, seed=seed, output=folder)).encoder
+            encoder = train(replace(CONFIG, precision=who, seed=seed, output=folder)).encoder
         metric = "stsb_dev" if os.environ.get("FCSE_SENTEVAL") else "last"
         return {"who": who} | score(encoder, judged_pairs(metric))
 
@@ -77,19 +78,25 @@ def run(who: str, seed: int) -> dict[str, float | str]:
 def main(seeds: int = 5) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as workers:
-        jobs = [
-            workers.submit(run, who, seed) for seed, who in product(range(seeds), (PEER, "ours"))
-        ]
+        jobs = [workers.submit(run, who, seed) for seed, who in product(range(seeds), WHO)]
         table = pd.DataFrame([job.result() for job in tqdm(jobs)])
     for task in ("lee", "stsb_dev"):
         if task in table:
-            theirs, ours = (table[table["who"] == who][task] for who in (PEER, "ours"))
-            interval = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
-            print(
-                f"{task}: ours {ours.mean():.2f} (sd {ours.std():.2f}), {PEER} {theirs.mean():.2f} "
-                f"(sd {theirs.std():.2f}), difference {ours.mean() - theirs.mean():+.2f} "
-                f"(95 % interval {interval.low:+.2f} to {interval.high:+.2f}), {seeds} seeds"
-            )
+            scores = {who: table[table["who"] == who][task].to_numpy() for who in WHO}
+            for who, values in scores.items():
+                print(f"{task}: {who} {values.mean():.2f} (sd {values.std(ddof=1):.2f})")
+            low, ours, theirs = scores.values()
+            paired = scipy.stats.ttest_rel(low, ours)
+            two_samples = scipy.stats.ttest_ind(ours, theirs, equal_var=False)
+            for name, gap, test in (
+                ("bf16 - float32, paired", low - ours, paired),
+                (f"float32 - {PEER}", ours.mean() - theirs, two_samples),
+            ):
+                interval = test.confidence_interval()
+                print(
+                    f"{task}: {name} {gap.mean():+.3f} "
+                    f"(95 % interval {interval.low:+.3f} to {interval.high:+.3f}), {seeds} seeds"
+                )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fcse import methods, objectives
 from fcse.data import is_file, is_folder, runs_folder, sha256, versions
 from fcse.encoder.pooling import Pooling
+from fcse.encoder.precision import Precision, resolve_precision
 from fcse.errors import InputError
 from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, Recorded, key, named, parameters
 
 Metric = Literal["last", "lee", "stsb_dev"]
-Precision = Literal["auto", "bf16", "float32"]
+
+_PRECISIONS = ("precision", "score_precision")
+_CHOICES = {"pooling": Pooling, "metric": Metric} | dict.fromkeys(_PRECISIONS, Precision)
 
 PARAMETERS = {f.name: kind for kind in OBJECTIVES.values() for f in fields(kind)}
 """Parameter of one of the kit's objectives -> an objective that has it."""
@@ -60,7 +63,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of head, data order and dropout, 0 to 2**32 - 1."""
     precision: Precision = "auto"
-    """bf16 (autocast), float32, or auto: bf16 where the hardware has bf16 matrix units."""
+    """Of training: bf16, float32, or auto: bf16 where the hardware has units for it."""
+    score_precision: Precision = "float32"
+    """Of the scores along the way and of a study's tasks, likewise."""
     eval_steps: int = 25
     """Score every so many steps, >= 1."""
     metric: Metric = "last"
@@ -80,7 +85,7 @@ class TrainConfig:
         object.__setattr__(self, "objective", objective)
         kept = tuple(on[key] for key in sorted(on) if on[key].on)
         object.__setattr__(self, "methods", kept)
-        for name, choices in (("pooling", Pooling), ("precision", Precision), ("metric", Metric)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise InputError(
                     f"unknown {name} {getattr(self, name)!r}: "
@@ -127,14 +132,17 @@ class TrainConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result: the settings, local files' bytes, versions."""
+        """What decides the result: the settings, local files' bytes, versions.
+
+        A precision is what "auto" means on this machine."""
+        taken = {name: resolve_precision(getattr(self, name)) for name in _PRECISIONS}
         patterns = ("*.safetensors", "*.bin", "*/model.safetensors")
         models = [self.encoder, *(file for method in self.methods for file in method.files())]
         folders = [Path(model) for model in models if is_folder(model)]
         found = [path for folder in folders for glob in patterns for path in folder.glob(glob)]
         files = (Path(self.corpus), *sorted(found))
         return {
-            "config": self.settings,
+            "config": self.settings | taken,
             "files": {str(path): sha256(path) for path in files if is_file(path)},
             "versions": versions(),
         }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fcse import processes
 from fcse.data import SentencePairs, load_lee, load_sts
+from fcse.encoder.precision import Precision
 from fcse.encoder.sentence_encoder import SentenceEncoder
 
 Aggregate = Literal["all", "mean", "wmean"]
@@ -24,7 +25,7 @@ def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -
 
 
 def embed_pairs(
-    encoder: SentenceEncoder, tasks: Sequence[SentencePairs]
+    encoder: SentenceEncoder, tasks: Sequence[SentencePairs], precision: Precision = "float32"
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each task u, v: unit-length embeddings (n, D) float32 of both sides, row i of pair i.
 
@@ -33,13 +34,15 @@ def embed_pairs(
     for pairs in tasks:
         for sentence in (*pairs.left, *pairs.right):
             row.setdefault(sentence, len(row))
-    x = processes.encode(encoder, list(row))
+    x = processes.encode(encoder, list(row), precision)
     return [(x[[row[s] for s in pairs.left]], x[[row[s] for s in pairs.right]]) for pairs in tasks]
 
 
-def pair_similarities(encoder: SentenceEncoder, tasks: Sequence[SentencePairs]) -> list[np.ndarray]:
+def pair_similarities(
+    encoder: SentenceEncoder, tasks: Sequence[SentencePairs], precision: Precision = "float32"
+) -> list[np.ndarray]:
     """Cosine similarity of every pair of each task: (n,) float32 each."""
-    return [(u * v).sum(axis=1) for u, v in embed_pairs(encoder, tasks)]
+    return [(u * v).sum(axis=1) for u, v in embed_pairs(encoder, tasks, precision)]
 
 
 def aggregate_spearman(
@@ -69,18 +72,22 @@ def subset_scores(similarity: np.ndarray, pairs: SentencePairs) -> dict[str, dic
     }
 
 
-def judge(encoder: SentenceEncoder, pairs: SentencePairs) -> dict[str, float]:
+def judge(
+    encoder: SentenceEncoder, pairs: SentencePairs, precision: Precision = "float32"
+) -> dict[str, float]:
     """Score an encoder on judged pairs: "spearman" (x 100), "alignment" and "uniformity".
 
     SimCSE's convention: alignment over the pairs with a human score above 4 of 5 of the scale,
     uniformity over all distinct sentences of both sides."""
-    return judge_tasks(encoder, [pairs])[0]
+    return judge_tasks(encoder, [pairs], precision)[0]
 
 
-def judge_tasks(encoder: SentenceEncoder, tasks: Sequence[SentencePairs]) -> list[dict[str, float]]:
+def judge_tasks(
+    encoder: SentenceEncoder, tasks: Sequence[SentencePairs], precision: Precision = "float32"
+) -> list[dict[str, float]]:
     """`judge` for each task, every distinct sentence of all of them encoded once."""
     results = []
-    for (u, v), pairs in zip(embed_pairs(encoder, tasks), tasks, strict=True):
+    for (u, v), pairs in zip(embed_pairs(encoder, tasks, precision), tasks, strict=True):
         positive = pairs.gold > 0.8 * pairs.maximum
         distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
         results.append(
@@ -135,11 +142,15 @@ def _unit(x: Tensor | np.ndarray) -> Tensor:
     return torch.nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
 
 
-def score(encoder: SentenceEncoder, judged: dict[str, SentencePairs]) -> dict[str, float]:
+def score(
+    encoder: SentenceEncoder,
+    judged: dict[str, SentencePairs],
+    precision: Precision = "float32",
+) -> dict[str, float]:
     """Spearman x 100 on each set of pairs under its name, `_alignment` and `_uniformity` beside."""
     scores = {}
     for name, pairs in judged.items():
-        result = judge(encoder, pairs)
+        result = judge(encoder, pairs, precision)
         scores[name] = result.pop("spearman")
         scores |= {f"{name}_{measure}": value for measure, value in result.items()}
     return scores

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from fcse.encoder.precision import Precision
 from fcse.encoder.sentence_encoder import SentenceEncoder
 
 
@@ -67,12 +68,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     vector_to_parameters(mean(parameters_to_vector(gradients)), gradients)
 
 
-def encode(encoder: SentenceEncoder, sentences: Sequence[str]) -> np.ndarray:
+def encode(
+    encoder: SentenceEncoder, sentences: Sequence[str], precision: Precision = "float32"
+) -> np.ndarray:
     """Unit-length embeddings (n, D) float32; every process encodes its share and gets them all.
 
     All processes must call it, with the same sentences."""
     state = world()
-    mine = encoder.encode(sentences[state.process_index :: state.num_processes], normalize=True)
+    mine = sentences[state.process_index :: state.num_processes]
+    mine = encoder.encode(mine, normalize=True, precision=precision)
     embeddings = np.empty((len(sentences), mine.shape[1]), dtype=np.float32)
     for index, part in enumerate(gather_object([mine])):
         embeddings[index :: state.num_processes] = part

@@ -270,7 +270,8 @@ def test_settings_out_of_range_are_refused(field):
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_precision_is_bf16_where_the_hardware_has_units_for_it(device, native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     found = resolve_precision("auto", torch.device(device))
     assert found == ("bf16" if native else "float32")

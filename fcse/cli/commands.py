@@ -16,6 +16,7 @@ from fcse.cli.doctor import examine
 from fcse.config import TrainConfig
 from fcse.encoder.checkpoints import import_checkpoint
 from fcse.encoder.pooling import Pooling
+from fcse.encoder.precision import Precision, resolve_precision
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError, writing
 from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
@@ -46,6 +47,7 @@ def run_evaluate(
     senteval: Path | None = None,
     tasks: tuple[str, ...] = data.STS_TASKS,
     aggregate: Aggregate = "all",
+    precision: Precision = "float32",
     json_: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Score an encoder: 100 x Spearman on STS tasks as SentEval reports it, their mean as avg.
@@ -58,6 +60,7 @@ def run_evaluate(
         senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
         tasks: SentEval names, or Lee for the packaged judgements, which need no folder.
         aggregate: How the parts of a yearly task join: all pairs together, or the (weighted) mean.
+        precision: Of the encoder; bf16 moves a score by a few thousandths.
         json_: Also write the scores to this file, with those of each part."""
     _check_json(json_)
     judged = _load_tasks(tasks, senteval)
@@ -66,19 +69,23 @@ def run_evaluate(
         if task in judged:
             judged[f"{task}-dev"] = data.load_sts(task, "dev", senteval)
     encoder = SentenceEncoder.from_pretrained(model, pooling)
-    similarities = pair_similarities(encoder, list(judged.values()))
+    precision = resolve_precision(precision, encoder.device)
+    similarities = pair_similarities(encoder, list(judged.values()), precision)
     scores, subsets = {}, {}
     for (name, pairs), similarity in zip(judged.items(), similarities, strict=True):
         scores[name] = aggregate_spearman(similarity, pairs, aggregate)
         subsets[name] = subset_scores(similarity, pairs)
     if averaged:
         scores["avg"] = sum(scores[task] for task in averaged) / len(averaged)
-    about = {"model": model, "pooling": encoder.pooling, "aggregate": aggregate}
-    print(f"{model}, pooling {encoder.pooling}, aggregate {aggregate}: 100 x Spearman")
+    about = {"pooling": encoder.pooling, "aggregate": aggregate, "precision": precision}
+    said = ", ".join(f"{name} {value}" for name, value in about.items())
+    print(f"{model}, {said}: 100 x Spearman")
     for name, score in scores.items():
         print(f"{name:22}{score:8.2f}")
     if json_ is not None:
-        _write_json(json_, about | {"fcse": __version__} | scores | {"subsets": subsets})
+        _write_json(
+            json_, {"model": model} | about | {"fcse": __version__} | scores | {"subsets": subsets}
+        )
 
 
 def run_compare(

@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from fcse import __version__, data
+from fcse.encoder.precision import bf16_units, resolve_precision
 from fcse.errors import InputError
-from fcse.training.loop import resolve_precision
 
 _MEMORY_GIB, _DISK_GIB = 3, 2
 """What the embedded default takes at most: `make study` needs 2 GB of memory, its runs 1 GB."""
@@ -37,7 +37,9 @@ def examine() -> Iterator[Finding]:
     )
     yield Finding("device", f"{device.type} {name}, {os.cpu_count()} cores".replace(" ,", ","))
     yield Finding("threads", f"torch computes with {torch.get_num_threads()}")
-    yield Finding("precision", f"auto means {resolve_precision('auto', device)} here")
+    units = bf16_units(device) or "none"
+    taken = resolve_precision("auto", device)
+    yield Finding("precision", f"auto means {taken} here (units for bf16: {units})")
     yield _memory()
     yield _folder("runs", data.runs_folder(), "FCSE_RUNS")
     yield _folder("cache", data.cache_folder(), "XDG_CACHE_HOME")

@@ -20,7 +20,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from fcse.data import MINILM, hub_reachable, is_file, is_folder
 from fcse.encoder import speed
 from fcse.encoder.layout import layers_read, read_layout, write_layout
+from fcse.encoder.packing import packed, packs
 from fcse.encoder.pooling import Pooling
+from fcse.encoder.precision import Precision, resolve_precision
 from fcse.errors import InputError, first_line
 
 _HEAD_FILE = "head.safetensors"
@@ -135,28 +137,33 @@ class SentenceEncoder(nn.Module):
 
         Returns: (n, D) float, in the backbone's dtype; with layers (n, 1 + layers, D), from the
         last layer down."""
-        cls, mask = self.pooling == "cls", features["attention_mask"].unsqueeze(-1)
+        cls, packing = self.pooling == "cls", features.get("packing")
 
         def read(tokens: Tensor) -> Tensor:
+            if packing is not None:
+                return tokens[0, packing.first] if cls else packing.mean(tokens)
+            mask = features["attention_mask"].unsqueeze(-1)
             return tokens[:, 0] if cls else (tokens * mask.to(tokens.dtype)).sum(1) / mask.sum(1)
 
         two_layers = self.pooling not in ("cls", "mean")
-        with speed.first_token_only(self.backbone) if cls else nullcontext():
+        with speed.first_token_only(self.backbone, packing) if cls else nullcontext():
             output = self.backbone(**features, output_hidden_states=two_layers or layers > 0)
         tokens = output.last_hidden_state
         if two_layers:
             other, _ = layers_read(self.pooling, self.backbone.config.num_hidden_layers)
             tokens = (tokens + output.hidden_states[other]) / 2
+        top = tokens[:, 0] if cls else read(tokens)
         if not layers:
-            return read(tokens)
+            return top
         below = output.hidden_states[-2 : -2 - layers : -1]
-        return torch.stack([read(x) for x in (tokens, *below)], dim=1)
+        return torch.stack([top, *map(read, below)], dim=1)
 
     def forward(
         self,
         token_ids: Sequence[Sequence[int]],
         second: Sequence[Sequence[int]] | None = None,
         layers: int = 0,
+        further: Sequence[Sequence[Sequence[int]]] = (),
     ) -> tuple[Tensor, ...]:
         """Two views of every sentence for the loss: each sentence runs twice, side by side.
 
@@ -166,42 +173,53 @@ class SentenceEncoder(nn.Module):
             token_ids: N sentences, from `tokenize`.
             second: N sentences, where the second view is to be of other tokens.
             layers: how many layers below the last come along, see `pool`.
+            further: each N sentences more, of which one view comes along.
 
         Returns: u, v, (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both
-        views' vectors of those layers, after the same head."""
+        views' vectors of those layers, after the same head; then (N, D) for each of `further`."""
         if second is None:
             views = self._views(token_ids, 2, layers)
         else:
             views = torch.cat([self._views(x, 1, layers) for x in (token_ids, second)], dim=1)
-        if not layers:
-            return views.unbind(1)
         u, v = views[:, :, 0].unbind(1)
-        return u, v, views[:, :, 1:].flatten(1, 2)
-
-    def view(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """One view of every sentence, as `forward` makes two: (N, D) float, after the head."""
-        return self._views(token_ids, 1, 0).squeeze(1)
+        below = (views[:, :, 1:].flatten(1, 2),) if layers else ()
+        return u, v, *below, *(self._views(x, 1, 0)[:, 0, 0] for x in further)
 
     def _views(self, token_ids: Sequence[Sequence[int]], copies: int, layers: int) -> Tensor:
-        """(N, copies, D) float after the head; with layers (N, copies, 1 + layers, D)."""
-        order: list[int] = []
-        pooled = []
-        embedding = self.backbone.get_input_embeddings()
-        for rows, features in speed.length_groups(token_ids, embedding, self.device):
-            repeated = {name: torch.cat([x] * copies) for name, x in features.items()}
-            order += rows
-            pooled.append(torch.stack(self.pool(repeated, layers).chunk(copies), dim=1))
-        views = torch.cat(pooled)[torch.tensor(order, device=self.device).argsort()]
+        """(N, copies, 1 + layers, D) float after the head."""
+
+        def embedding(flat: Tensor) -> Tensor:  # in the precision of the other weights
+            return self.backbone.get_input_embeddings()(flat).to(self.head[0].weight.dtype)
+
+        order, pooled = list(range(len(token_ids))), []
+        with speed.cheap_dropout_in(self.backbone):
+            if packs(self.backbone, token_ids):
+                line = packed(token_ids, copies, self.backbone, embedding)
+                pooled.append(self.pool(line, layers).unflatten(0, (copies, -1)))
+            else:
+                order.clear()
+                for rows, features in speed.length_groups(token_ids, embedding, self.device):
+                    repeated = {name: torch.cat([x] * copies) for name, x in features.items()}
+                    order += rows
+                    pooled.append(self.pool(repeated, layers).unflatten(0, (copies, -1)))
+        views = torch.cat(pooled, dim=1).transpose(0, 1)
+        views = views[torch.tensor(order, device=self.device).argsort()]
+        views = views if layers else views.unsqueeze(2)
         return self.head(views) if self.pooling == "cls" else views
 
     @torch.inference_mode()
     def encode(
-        self, sentences: Sequence[str], batch_size: int = 64, normalize: bool = False
+        self,
+        sentences: Sequence[str],
+        batch_size: int = 64,
+        normalize: bool = False,
+        precision: Precision = "float32",
     ) -> np.ndarray:
         """Embed n sentences without dropout and without the head: (n, D) float32.
 
         Batches are formed by length, so that little is padded; rows come back in input order, with
-        `normalize` at unit length. What is longer than the backbone's own limit is cut. InputError:
+        `normalize` at unit length. What is longer than the backbone's own limit is cut. In bf16 a
+        cosine differs by some 1e-5 from its value in float32. InputError:
         `sentences` is a single string or holds something else than strings, or `batch_size` is
         below 1."""
         if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
@@ -217,13 +235,17 @@ class SentenceEncoder(nn.Module):
         shown = {"unit": " sentences", "unit_scale": batch_size, "delay": 2, "leave": False}
         was_training = self.training
         self.eval()
+        low = resolve_precision(precision, self.device) == "bf16"
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
         try:
             for start in tqdm(starts, "encoding", **shown):
                 rows = order[start : start + batch_size]
                 batch = {"input_ids": [token_ids[i] for i in rows]}
                 batch = self.tokenizer.pad(batch, return_tensors="pt")
                 features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
-                embeddings[rows] = self.pool(features).float().cpu().numpy()
+                with autocast:
+                    pooled = self.pool(features)
+                embeddings[rows] = pooled.float().cpu().numpy()
         finally:
             self.train(was_training)
         if normalize:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from fcse.config import PARAMETERS, TrainConfig, recorded
 from fcse.data import STS_TASKS, SentencePairs
+from fcse.encoder.precision import Precision
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError, replacing
 from fcse.evaluation import judge_tasks
@@ -84,7 +85,10 @@ def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFra
 
 
 def judged(
-    encoder: SentenceEncoder | Path, tasks: Sequence[SentencePairs], path: Path
+    encoder: SentenceEncoder | Path,
+    tasks: Sequence[SentencePairs],
+    path: Path,
+    precision: Precision = "float32",
 ) -> dict[str, dict[str, float]]:
     """`judge_tasks` by the tasks' names; what `path` holds already is not computed again.
 
@@ -96,7 +100,7 @@ def judged(
         if missing:
             if isinstance(encoder, Path):
                 encoder = SentenceEncoder.from_pretrained(encoder)
-            scores = judge_tasks(encoder, missing)
+            scores = judge_tasks(encoder, missing, precision)
             known |= {pairs.name: s for pairs, s in zip(missing, scores, strict=True)}
             with replacing(path) as partial:
                 partial.write_text(json.dumps(known, indent=1) + "\n")

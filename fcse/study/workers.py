@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from fcse import processes
 from fcse.config import TrainConfig
 from fcse.data import SentencePairs, is_folder, load_lee, load_sts
+from fcse.encoder.precision import bf16_units
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError, replacing
 from fcse.evaluation import judged_pairs, score
@@ -45,11 +46,18 @@ def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None
     The scores on `tasks`, names from `TASKS`, are kept in the folder's scores.json; the weights are
     removed then, unless `keep_model`. InputError: as in `training.train`, `load_tasks`."""
     pairs = load_tasks(tasks)
+    if "bf16" in (config.precision, config.score_precision) and not bf16_units(
+        processes.world().device
+    ):
+        raise InputError(
+            "this study is planned in bf16, and this machine has no units for it: run it where "
+            "there are some, or with precision float32"
+        )
     folder = run_folder(config)
     if not is_folder(folder.model) and folder.record() is not None:
         folder.start()  # a task more than before, and the weights were removed: train them again
     encoder = train(config).encoder.to(processes.world().device)
-    judged(encoder, pairs, folder.path / SCORES)
+    judged(encoder, pairs, folder.path / SCORES, config.score_precision)
     if not keep_model:
         folder.drop_models()
 

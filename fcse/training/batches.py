@@ -11,6 +11,7 @@ from torch import Tensor
 from fcse import losses, processes
 from fcse.config import TrainConfig
 from fcse.encoder import speed
+from fcse.encoder.precision import Precision
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.methods import Batch, Comparison, Moments, Sentences, Start
@@ -69,14 +70,13 @@ def items(batch: Batch) -> list[Item]:
 
 
 def views(
-    encoder: SentenceEncoder, layers: int, autocast: torch.autocast, part: Sequence[Item]
+    encoder: SentenceEncoder, layers: int, precision: Precision, part: Sequence[Item]
 ) -> tuple[Tensor, ...]:
     """The vectors of n items, row i from item i alone, after the head: u and v, (n, D) float each;
     with layers (n, 2 * layers, D); then (n, D) for each further sentence of an item."""
     token_ids, second, *further = zip(*part, strict=True)
-    with autocast, speed.cheap_dropout_in(encoder.backbone):
-        made = encoder(token_ids, second if second[0] else None, layers)
-        return (*made, *map(encoder.view, further))
+    forward = speed.in_bf16(encoder) if precision == "bf16" else encoder
+    return forward(token_ids, second if second[0] else None, layers, further)
 
 
 def compare(batch: Batch, layers: int, u: Tensor, v: Tensor, *others: Tensor) -> Comparison:

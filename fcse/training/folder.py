@@ -72,7 +72,7 @@ class RunFolder:
             theirs = record.get(part)
             theirs = theirs if isinstance(theirs, dict) else {}
             if part == "config":
-                theirs = _as_today(theirs)
+                theirs = _as_today(theirs, record.get("precision"))
             differing = [k for k in ours.keys() | theirs.keys() if theirs.get(k) != ours.get(k)]
             if differing:
                 raise InputError(
@@ -204,9 +204,12 @@ class RunFolder:
             path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _as_today(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record as a run of today has them: a field it lacks is at its default."""
+def _as_today(settings: dict[str, Any], precision: str | None) -> dict[str, Any]:
+    """The settings of a record as a run of today has them: a field it lacks is at its default.
+
+    precision: the one that was taken, which settings once did not say where they said "auto"."""
     try:
-        return recorded(settings).settings
+        settings = recorded(settings).settings
+        return settings | {"precision": precision or settings["precision"]}
     except (InputError, TypeError, KeyError, AttributeError):
         return settings

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fcse import losses, processes
-from fcse.config import Precision, TrainConfig
+from fcse.config import TrainConfig
 from fcse.data import corpus_reader
+from fcse.encoder.precision import Precision, resolve_precision
 from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
 from fcse.errors import InputError
 from fcse.evaluation import judged_pairs, score
@@ -81,7 +82,7 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=0.0, fused=True)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=run.precision == "bf16")
     layers = max((method.layers for method in acting), default=0)
-    embed = partial(views, run.encoder, layers, autocast)
+    embed = partial(views, run.encoder, layers, run.precision)
 
     def whole_loss(batch: Batch, *vectors: Tensor) -> Tensor:
         return loss_of(config.objective, acting, autocast, compare(batch, layers, *vectors))
@@ -99,8 +100,9 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
     if state is not None:
         progress = unpack(state, folder, trained, optimizer, run.acting)
     else:
-        _log(folder, first, step=0, **score(run.encoder, judged))
+        _log(folder, first, step=0, **score(run.encoder, judged, config.score_precision))
     before_s = progress.wall_time_s
+    unread: list[_Reading] = []
     trained.train()
     drawn = row_batches(
         len(run.corpus), config.batch_size, config.steps, config.seed, progress.step
@@ -119,27 +121,25 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
         loss = micro_batches.backward(
             embed, processes.share(items(batch)), micro, partial(whole_loss, batch)
         )
-        loss = processes.mean(loss).item()
+        loss = processes.mean(loss)
         processes.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            path = folder.keep_batch(step, batch.sentences.texts[: batch.size])
-            raise InputError(
-                f"at step {step} the loss is {loss} and the gradient's norm {norm}: lower the "
-                f"learning rate; its sentences are in {path}, the last good state is that of step "
-                f"{next(iter(folder.states()), 0)}"
-            )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        unread.append(_Reading(step, learning_rate, batch, loss, norm))
+        scored = step % config.eval_steps == 0 or step == config.steps
+        # A GPU goes on with this step while the numbers of the one before are read.
+        while len(unread) > (world.device.type == "cuda" and not scored):
+            numbers = unread.pop(0).numbers(folder)
+            _log(folder, first, **numbers)
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
         optimizer.step()
         for method in acting:
             method.after_step(step)
-        _log(folder, first, step=step, loss=loss, learning_rate=learning_rate)
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
         progress.step = step
         progress.masked_pairs += batch.masked_pairs
         progress.wall_time_s = before_s + time.perf_counter() - started
-        if step % config.eval_steps == 0 or step == config.steps:
-            scores = score(run.encoder, judged)
+        if scored:
+            scores = score(run.encoder, judged, config.score_precision)
             keep = progress.judge(step, scores, config)
             random_states = gather_object([micro_batches.random_state()])
             _log(folder, first, step=step, **scores)
@@ -154,6 +154,33 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
     if first:
         _finish(folder, run, progress)
     world.wait_for_everyone()
+
+
+class _Reading:
+    """A step's loss and gradient norm on their way from the device."""
+
+    def __init__(
+        self, step: int, learning_rate: float, batch: Batch, loss: Tensor, norm: Tensor
+    ) -> None:
+        self.step, self.learning_rate, self.batch = step, learning_rate, batch
+        self.values = torch.stack([loss, norm]).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if loss.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def numbers(self, folder: RunFolder) -> dict[str, float]:
+        """What is logged of the step; InputError: its loss or gradient is not finite."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm = self.values.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            path = folder.keep_batch(self.step, self.batch.sentences.texts[: self.batch.size])
+            raise InputError(
+                f"at step {self.step} the loss is {loss} and the gradient's norm {norm}: lower the "
+                f"learning rate; its sentences are in {path}, the last good state is that of step "
+                f"{next(iter(folder.states()), 0)}"
+            )
+        return {"step": self.step, "loss": loss, "learning_rate": self.learning_rate}
 
 
 def _prepare(config: TrainConfig) -> _Run:
@@ -193,19 +220,6 @@ def _finish(folder: RunFolder, run: _Run, progress: Progress) -> None:
         masked_pairs=progress.masked_pairs,
         weights={"first": run.first_weights, "last": weights_hash(run.encoder.backbone)},
     )
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """What "auto" means here: bf16 where matrix units for it exist, else float32.
-
-    On a CPU without them bf16 is emulated, and slower than float32 by far."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "float32"
 
 
 def _make_deterministic(seed: int, device: torch.device) -> None:

@@ -1,0 +1,36 @@
+"""Which precision pays on which machine."""
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "bf16", "float32"]
+
+
+def bf16_units(device: "torch.device") -> str:
+    """The units of a device that multiply bf16 matrices, by name; empty where there are none.
+
+    Without them bf16 is emulated, and slower than float32 by far."""
+    import torch
+
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "tensor cores" if native else ""
+    if device.type != "cpu":
+        return ""
+    found = {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
+    }
+    return ", ".join(name for name, there in found.items() if there)
+
+
+def resolve_precision(precision: Precision, device: "torch.device | None" = None) -> Precision:
+    """What "auto" means on a device, by default this machine's: bf16 where it has units for it."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    device = device or torch.accelerator.current_accelerator(check_available=True)
+    return "bf16" if bf16_units(device or torch.device("cpu")) else "float32"
