@@ -277,6 +277,17 @@ def test_evaluate_writes_scores(tmp_path, capsys):
     assert "47.44" in capsys.readouterr().out
 
 
+def test_evaluate_in_bf16(tmp_path, capsys):
+    path = tmp_path / "scores.json"
+    flags = ["--tasks", "Lee", "--precision", "bf16", "--json", str(path)]
+    assert run("evaluate", "minilm", *flags) == 0
+    assert "precision bf16" in capsys.readouterr().out
+    scores = json.loads(path.read_text())
+    assert scores["precision"] == "bf16"
+    # As in float32 to three digits would mean that nothing was computed in bf16.
+    assert 1e-3 < abs(scores["Lee"] - 47.4409) < 0.2
+
+
 def test_evaluate_reads_the_pooling_that_a_folder_declares(tiny_model, tmp_path, capsys):
     folder = tmp_path / "model"
     encoder = SentenceEncoder.from_pretrained(tiny_model("bert"), "mean")
@@ -366,6 +377,7 @@ def test_doctor_finds_every_packaged_asset(capsys):
     assert shown.count(": ok, SHA-256") == 4
     for what in ("device", "threads", "precision", "memory", "runs", "cache", "hub"):
         assert f"\n{what:12}" in shown
+    assert re.search(r"^precision +auto means (bf16|float32) here \(units for bf16: ", shown, re.M)
 
 
 def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path):

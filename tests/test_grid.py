@@ -137,6 +137,27 @@ def test_one_way_of_writing_keeps_what_acts(objective, modulate):
         assert torch.equal(what(sim, said), what(sim, config.objective))
 
 
+@pytest.mark.parametrize(("there", "taken"), [(True, "bf16"), (False, "float32")])
+def test_auto_is_resolved_when_a_grid_is_planned(there, taken, grid, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+    planned = grid(
+        'precision = "auto"\nscore_precision = ["auto", "float32"]\n[[runs]]\nsteps = 2'
+    ).runs
+    assert {run.precision for run in planned} == {taken}
+    assert [run.score_precision for run in planned] == [taken, "float32"][: 1 + there]
+
+
+def test_a_machine_without_units_refuses_a_run_that_was_planned_with_them(grid, tiny, monkeypatch):
+    (run,) = grid(f'{tiny}\n[[runs]]\nprecision = "bf16"').runs
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(InputError, match=r"^this study is planned in bf16, .* no units for it"):
+        workers.run_one(run, ("Lee",), False)
+    assert not run.folder.exists()
+
+
 def test_plan_shows_what_varies(grid):
     table = plan(grid(f"seeds = [4, 7]\nm = [0.1, 0.3]\nsteps = 5\n{TWO}steps = [5, 9]").runs)
     assert table.to_dict("records") == [

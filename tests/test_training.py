@@ -279,6 +279,59 @@ def test_precision_is_bf16_where_the_hardware_has_units_for_it(device, native, m
         assert resolve_precision(said, torch.device(device)) == said
 
 
+@pytest.fixture
+def with_units(monkeypatch):
+    """A machine whose processor has units for bf16, or has none."""
+
+    def make(there):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: there)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+
+    return make
+
+
+def test_auto_is_the_run_of_the_precision_that_is_taken(config, with_units, tmp_path):
+    auto = replace(config, steps=2, precision="auto", output=None)
+    names = {}
+    for there, taken in ((True, "bf16"), (False, "float32")):
+        with_units(there)
+        names[taken] = auto.run_name
+        assert auto.run_name == replace(auto, precision=taken).run_name
+    assert names["bf16"] != names["float32"]
+    here = replace(auto, output=str(tmp_path / "run"))
+    first = train(here)
+    assert first.record["precision"] == first.record["config"]["precision"] == "float32"
+    with_units(True)
+    with one_line_refusal(r"another run .*precision"):
+        load_run(here)
+    assert load_run(replace(here, precision="float32")).losses == first.losses
+
+
+def test_a_record_that_says_auto_is_of_the_precision_it_took(config, with_units):
+    with_units(False)
+    result = train(replace(config, precision="auto", steps=2))
+    path = result.folder / "run.json"
+    record = json.loads(path.read_text())
+    record["config"]["precision"] = "auto"
+    path.write_text(json.dumps(record))
+    assert load_run(replace(config, precision="float32", steps=2)).losses == result.losses
+    with one_line_refusal(r"another run .*precision"):
+        load_run(replace(config, precision="bf16", steps=2))
+
+
+def test_scores_along_the_way_may_be_in_bf16(config, tmp_path):
+    whole = train(replace(config, steps=2))
+    other = replace(config, steps=2, score_precision="bf16", output=str(tmp_path / "bf16"))
+    half = train(other)
+    assert half.losses == whole.losses
+    assert half.evaluations != whole.evaluations
+    for one, two in zip(half.evaluations, whole.evaluations, strict=True):
+        assert one["lee"] == pytest.approx(two["lee"], abs=2)
+    with one_line_refusal(r"another run .*score_precision"):
+        load_run(replace(other, score_precision="float32"))
+
+
 def test_checkpoints_are_the_weights_along_the_way(config):
     weights = {}
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 
+from fcse.losses import full_precision
+
 Embedding = Callable[[Tensor], Tensor]
 """(T,) token ids -> (T, D) float, their vectors."""
 
@@ -75,8 +77,9 @@ class Packing:
 
     def mean(self, line: Tensor) -> Tensor:
         """(1, T, D) -> (n, D): the mean over each sentence's tokens."""
-        sums = line.new_zeros(len(self.first), line.shape[2], dtype=torch.float32)
-        sums = sums.index_add(0, self._sentence, line[0, : len(self._sentence)].float())
+        rows = full_precision(line[0, : len(self._sentence)])
+        sums = rows.new_zeros(len(self.first), line.shape[2])
+        sums = sums.index_add(0, self._sentence, rows)
         return (sums / self._counts.unsqueeze(1)).to(line.dtype)
 
     def grid(self, line: Tensor) -> Tensor:
