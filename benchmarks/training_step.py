@@ -2,8 +2,9 @@
 
 The peer is `SentenceTransformerTrainer` with `MultipleNegativesRankingLoss` on each sentence paired
 with itself: the same encoder, readout, batch, length, optimiser and precision. Our step is timed
-plain (tokenizer padding, one pass of the library's model with both views) and with the levers of
-`fcse.encoder.speed` joining one by one; the last is what `fcse.training` does. Rounds alternate.
+plain (tokenizer padding, one pass of the library's model with both views, under autocast in bf16)
+and with the levers of `fcse.encoder` joining one by one; the last is what `fcse.training` does.
+Rounds alternate.
 
     python benchmarks/training_step.py [float32|bf16]
 """
@@ -13,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from datasets import Dataset
@@ -28,7 +28,7 @@ from fcse import losses
 from fcse.data import MINILM, load_corpus
 from fcse.encoder import SentenceEncoder, speed
 
-ROUNDS, STEPS, BATCH, LENGTH, RATE = 5, 2, 64, 32, 3e-5
+ROUNDS, STEPS, BATCH, LENGTH, RATE = 5, 4, 64, 32, 3e-5
 
 
 def plain_views(encoder, token_ids):
@@ -43,12 +43,21 @@ def first_token_views(encoder, token_ids):
         return plain_views(encoder, token_ids)
 
 
-VARIANTS = {
-    "plain": (plain_views, nullcontext),
-    "+ last layer for the first token": (first_token_views, nullcontext),
-    "+ groups of similar length": (lambda encoder, ids: encoder(ids), nullcontext),
-    "+ cheap dropout (as trained)": (lambda encoder, ids: encoder(ids), speed.cheap_dropout_in),
-}
+def cheap_dropout_views(encoder, token_ids):
+    with speed.cheap_dropout_in(encoder.backbone):
+        return first_token_views(encoder, token_ids)
+
+
+def variants(precision):
+    found = {
+        "plain": plain_views,
+        "+ last layer for the first token": first_token_views,
+        "+ cheap dropout": cheap_dropout_views,
+        "+ sentences end to end": lambda encoder, ids: encoder(ids),
+    }
+    if precision == "bf16":
+        found["+ bf16 between the layers too"] = lambda encoder, ids: speed.in_bf16(encoder)(ids)
+    return found
 
 
 class Clock(TrainerCallback):
@@ -96,11 +105,12 @@ def peer(sentences: list[str], precision: str, folder: str) -> Callable[[], floa
     return seconds
 
 
-def ours(sentences: list[str], precision: str, views, context) -> Callable[[], float]:
+def ours(sentences: list[str], precision: str, name: str, views) -> Callable[[], float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = SentenceEncoder.from_pretrained("minilm").train().to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), RATE, weight_decay=0.0, fused=True)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    cast = precision == "bf16" and "between" not in name
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cast)
     rows = torch.Generator().manual_seed(0)
 
     def seconds() -> float:
@@ -109,7 +119,7 @@ def ours(sentences: list[str], precision: str, views, context) -> Callable[[], f
         for _ in range(STEPS):
             batch = torch.randperm(len(sentences), generator=rows)[:BATCH].tolist()
             token_ids = encoder.tokenize([sentences[i] for i in batch], LENGTH)
-            with autocast, nullcontext() if context is nullcontext else context(encoder.backbone):
+            with autocast:
                 u, v = views(encoder, token_ids)
             loss = losses.chunked_loss(u, v)
             optimizer.zero_grad()
@@ -127,8 +137,8 @@ def main(precision: str = "float32") -> None:
     sentences = load_corpus("wiki-mini")
     with tempfile.TemporaryDirectory() as folder:
         timed = {"sentence-transformers' trainer": peer(sentences, precision, folder)}
-        for name, variant in VARIANTS.items():
-            timed[name] = ours(sentences, precision, *variant)
+        for name, views in variants(precision).items():
+            timed[name] = ours(sentences, precision, name, views)
         seconds = {name: [] for name in timed}
         for round_ in tqdm(range(ROUNDS + 1)):
             for name, step in timed.items():

@@ -175,3 +175,13 @@ def test_in_bf16_float32_weights_get_nearly_the_same_gradients(architecture, tin
     assert all(x.dtype == torch.float32 for x in (*ours.values(), *encoder.parameters()))
     flat = [torch.cat([x[name].flatten() for name in plain]) for x in (ours, plain)]
     assert torch.cosine_similarity(*flat, dim=0).item() > 0.99
+
+
+@torch.no_grad()
+def test_attention_that_somebody_chose_stays(tiny_model, sentences):
+    encoder = SentenceEncoder.from_pretrained(tiny_model("bert"))
+    token_ids = encoder.tokenize(sentences[:4])
+    line = encoder(token_ids)[0]
+    encoder.backbone.set_attn_implementation("eager")
+    assert not packs(encoder.backbone, token_ids)
+    torch.testing.assert_close(encoder(token_ids)[0], line, rtol=0, atol=1e-5)

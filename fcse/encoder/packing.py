@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 
 from fcse.losses import full_precision
 
+CHEAP = "fcse_cheap"
+"""The kit's own attention, by the name that the library knows it by."""
+
 Embedding = Callable[[Tensor], Tensor]
 """(T,) token ids -> (T, D) float, their vectors."""
 
@@ -24,9 +27,9 @@ def is_bert(backbone: PreTrainedModel) -> bool:
 
 def packs(backbone: PreTrainedModel, token_ids: Sequence[Sequence[int]]) -> bool:
     """Whether `packed` is a way through a backbone for these sentences, and a cheap one."""
-    return (
-        backbone.device.type == "cpu" and is_bert(backbone) and max(map(len, token_ids)) <= _LONGEST
-    )
+    fits = backbone.device.type == "cpu" and is_bert(backbone)
+    ours = backbone.config._attn_implementation in ("sdpa", CHEAP)
+    return fits and ours and max(map(len, token_ids)) <= _LONGEST
 
 
 def packed(

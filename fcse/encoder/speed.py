@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from fcse.encoder.packing import Embedding, Packing, is_bert
+from fcse.encoder.packing import CHEAP, Embedding, Packing, is_bert
 
 LENGTH_GROUPS = 4
 
@@ -120,8 +120,8 @@ def _cheap_attention(
     return (read.transpose(1, 2) if packing is None else packing.line(read)), None
 
 
-AttentionInterface.register("fcse_cheap", _cheap_attention)
-AttentionMaskInterface.register("fcse_cheap", eager_mask)
+AttentionInterface.register(CHEAP, _cheap_attention)
+AttentionMaskInterface.register(CHEAP, eager_mask)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def cheap_dropout_in(backbone: PreTrainedModel) -> Iterator[None]:
     for layer in layers:
         layer.__class__ = _CheapDropout
     if attention == "sdpa":
-        backbone.set_attn_implementation("fcse_cheap")
+        backbone.set_attn_implementation(CHEAP)
     try:
         yield
     finally:
