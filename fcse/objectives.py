@@ -24,6 +24,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -304,6 +305,7 @@ def _does(of: Any, homes: set[str], seen: list[Any]) -> Iterator[Any]:
         yield from _does(used[k], homes, seen)
 
 
+@cache
 def documented(kind: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, its bases' too, as far as sources are read."""
     found: dict[str, str] = {}
