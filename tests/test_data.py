@@ -1,5 +1,6 @@
 """Corpora and judgements: packaged, in files of every shape a user has, and in the hub's cache."""
 
+import json
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_packaged_wikipedia():
     lost = (" ,", " ;", ",,", ",;", "()", "( ", " )", "(,", "(;", ",)", ";)", " of)", " and)")
     assert not [s for s in corpus if any(x in s for x in markup + lost)]
     assert sum(s.rstrip("\"')]")[-1] in ".!?" for s in corpus) > 0.9 * len(corpus)
+
+
+def test_wikipedia_is_read_once_and_again_where_that_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    articles = load_wiki_articles()
+    read = load_wiki_articles.__wrapped__
+    assert read() == articles
+    (kept,) = (tmp_path / "fcse").iterdir()
+    kept.write_text('{"A title": ["A sentence."]}')
+    assert read() == {"A title": ["A sentence."]}
+    kept.write_text('{"A title": ["A sen')
+    assert read() == articles == json.loads(kept.read_text())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # where nothing can be written
+    assert read() == articles
 
 
 @pytest.mark.parametrize("limit", [1, 7, 10_000_000])

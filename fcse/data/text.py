@@ -2,17 +2,28 @@
 
 import bz2
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from fcse.data.assets import WIKI_MINI, download, hub_reachable, is_file, is_folder
-from fcse.errors import InputError, first_line
+from fcse.data.assets import (
+    WIKI_MINI,
+    cache_folder,
+    download,
+    hub_reachable,
+    is_file,
+    is_folder,
+    sha256,
+)
+from fcse.errors import InputError, first_line, replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,12 +52,27 @@ def load_wiki_articles() -> dict[str, list[str]]:
     """The slice of English Wikipedia that gensim carries: article title -> its sentences.
 
     106 articles, 18,836 distinct sentences of 4 to 60 words, in the order of the dump; a sentence
-    that occurs in two articles belongs to the first."""
+    that occurs in two articles belongs to the first. Reading markup takes seconds: what it gives is
+    kept in `data.cache_folder` where that can be written."""
+    dump = WIKI_MINI.locate()
+    decides = (WIKI_MINI.sha256, version("gensim"), sha256(Path(__file__)))
+    path = cache_folder() / f"wiki-mini-{text_hash(decides)[:32]}.json"
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    articles = _read_wikipedia(dump)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
+            new.write_text(json.dumps(articles))
+    return articles
+
+
+def _read_wikipedia(path: Path) -> dict[str, list[str]]:
     from gensim.corpora import wikicorpus
 
     seen: set[str] = set()
     articles: dict[str, list[str]] = {}
-    with bz2.open(WIKI_MINI.locate()) as dump:
+    with bz2.open(path) as dump:
         pages = list(wikicorpus.extract_pages(dump, filter_namespaces=("0",)))
     for title, markup, _ in tqdm(pages, desc="reading Wikipedia", delay=2, leave=False):
         if markup.lstrip().lower().startswith("#redirect"):
