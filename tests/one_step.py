@@ -1,11 +1,4 @@
-"""Loss, gradients and embeddings of one batch, whatever the number of processes.
-
-As a script under `accelerate launch`, the first process writes them to a file:
-    one_step.py MODEL CORPUS MICRO_BATCH_SIZE FILE
-"""
-
-import sys
-from pathlib import Path
+"""Loss, gradients and embeddings of one batch, whatever the number of processes."""
 
 import torch
 from safetensors.torch import save_file
@@ -35,10 +28,8 @@ def one_step(model, sentences, micro_batch_size):
     return tensors | {"loss": processes.mean(loss), "embeddings": embeddings}
 
 
-if __name__ == "__main__":
-    model, corpus, micro_batch_size, file = sys.argv[1:]
-    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
-    result = one_step(model, lines, int(micro_batch_size))
+def save_step(model, sentences, micro_batch_size, file):
+    """One of several processes: the first writes what all of them computed."""
+    result = one_step(model, sentences, micro_batch_size)
     if processes.world().is_main_process:
         save_file(result, file)
-    processes.leave()

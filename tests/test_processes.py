@@ -1,16 +1,17 @@
 """Several processes, or several micro-batches, compute what one process computes in one pass."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import lee_score, one_line_refusal, train_until_interrupted
-from one_step import LENGTH, one_step
-from own_process import flags
+from one_step import LENGTH, one_step, save_step
+from own_process import CLEAN, flags
 from safetensors.torch import load_file
 
 from fcse import losses, processes
@@ -27,6 +28,30 @@ def launch(count, *arguments):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _one_of(count, rank, port, run, arguments):
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in (ranks | where).items()}
+    run(*arguments)
+    processes.leave()
+
+
+def together(count, run, *arguments):
+    """Several processes call it as one, as if launched; their imports are done already."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    all_of_them = [
+        CLEAN.Process(target=_one_of, args=(count, rank, port, run, arguments))
+        for rank in range(count)
+    ]
+    for each in all_of_them:
+        each.start()
+    for each in all_of_them:
+        each.join()
+    assert [each.exitcode for each in all_of_them] == [0] * count
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +72,8 @@ def whole(still_model, corpus):
 def test_processes_give_the_loss_and_gradients_of_one(
     count, micro, whole, still_model, corpus, tmp_path
 ):
-    script = Path(__file__).with_name("one_step.py")
-    launch(count, script, still_model, corpus, micro, tmp_path / "step.safetensors")
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    together(count, save_step, still_model, lines, micro, tmp_path / "step.safetensors")
     shared = load_file(tmp_path / "step.safetensors")
     assert shared.keys() == whole.keys()
     for name, expected in whole.items():
@@ -85,8 +110,11 @@ def test_a_run_of_two_processes_is_that_of_one(methods, still_config, tmp_path):
     config = configured(still_config, methods | {"recipe": "minilm-wiki"})
     one = train(config)
     elsewhere = replace(config, output=str(tmp_path / "two"))
-    said = launch(2, "-m", "fcse.cli", *flags(elsewhere))
-    assert said.count("run: ") == 1
+    if methods:
+        together(2, train, elsewhere)
+    else:
+        said = launch(2, "-m", "fcse.cli", *flags(elsewhere))
+        assert said.count("run: ") == 1
     two = read_run(tmp_path / "two")
     assert two.config == elsewhere
     assert len(two.config.methods) == (5 if methods else 0)
