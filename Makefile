@@ -32,12 +32,16 @@ check: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
 
+# What takes minutes comes first, so that neither of the two processes ends long after the other; of
+# the notebooks first the two that train most and not at all, so that none waits for another's runs.
+FILES := $(sort $(wildcard notebooks/*.ipynb tests/test_*.py))
+SLOW := $(filter notebooks/06% notebooks/07%,$(FILES)) $(filter notebooks/%,$(FILES)) \
+	$(patsubst %,tests/test_%.py,browser methods_learn grid notebooks evaluation training_panel hub)
+
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_browser.py
-	$(BIN)/pytest -n 2 tests/test_browser.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --nbval notebooks
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval $(SLOW) $(filter-out $(SLOW),$(FILES))
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

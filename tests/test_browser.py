@@ -1,4 +1,8 @@
-"""What a reader sees: notebooks in JupyterLab and the panel in Voilà, driven in a real browser."""
+"""What only a browser shows: notebooks in JupyterLab, the panel in Voilà, what is pressed there.
+
+A notebook runs up to its last widget here, on the runs in FCSE_RUNS where those are there; nbval
+runs each as a whole.
+"""
 
 import json
 import os
@@ -17,7 +21,20 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+# Once more where it fails: a browser is a machine of its own, and the summary says that it was.
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+    pytest.mark.flaky(reruns=1),
+]
+
+LAST = {
+    "01_train": "picker.widget",
+    "02_ablate_modulation": "training.widget",
+    "04_alignment_uniformity": "TrajectoryPlane(path).widget",
+    "05_umap": "explorer.widget",
+    "06_is_it_real": 'print("seeds of each loss:"',
+}
+"""Notebook -> what stands in the last cell that it runs here; all of the others are run."""
 
 MINUTE = 60_000
 # Scatter widgets draw with WebGL, in software where there is no GPU.
@@ -71,16 +88,22 @@ def serve(command, port, folder):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """JupyterLab on a copy of the notebooks without outputs.
+    """JupyterLab on the notebooks without outputs, and as they are stored in a folder beside.
 
     Every cell is in the page, not only those in view.
     """
     folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS, folder / "stored")
     for path in NOTEBOOKS.glob("*.ipynb"):
         notebook = nbformat.read(path, 4)
+        if path.stem in LAST:
+            (last,) = (i for i, cell in enumerate(notebook.cells) if LAST[path.stem] in cell.source)
+            del notebook.cells[last + 1 :]
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
+                # Two maps of the sentences are what is clicked on, whatever their number.
+                cell.source = cell.source.replace("POINTS = 1200", "POINTS = 400")
         nbformat.write(notebook, folder / path.name)
     settings = folder / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
@@ -126,26 +149,37 @@ def has_kernel(lab):
     return any(k["execution_state"] == "idle" and k["connections"] for k in kernels)
 
 
-def run_all(page, lab, name):
-    """Open a notebook, run all its cells, wait for the last; no error, no picture without words."""
+def open_notebook(page, lab, name):
     page.goto(f"{lab}/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+
+
+def run_all(page, lab, name):
+    """Open a notebook, run all its cells, wait for the last; no error, no picture without words."""
+    open_notebook(page, lab, name)
     when_changed(page, lambda: has_kernel(lab), before=False)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
     prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    for _ in range(15 * 60):
-        page.wait_for_timeout(1000)
+    for _ in range(15 * 60 * 5):
+        page.wait_for_timeout(200)
         if all(re.search(r"\d", text) for text in prompts.all_inner_texts()):
             break
     else:
         raise AssertionError(f"not all cells ran: {prompts.all_inner_texts()}")
     errors = page.locator('.jp-OutputArea-output[data-mime-type*="error"]')
     assert errors.count() == 0, errors.first.inner_text()
-    pictures = page.locator(".jp-OutputArea-output img")
-    assert pictures.count() > 0
-    assert all(picture.get_attribute("alt") for picture in pictures.all())
+    assert pictures(page) > 0
+
+
+def pictures(page):
+    """How many pictures the page shows; each is drawn and has words."""
+    found = page.locator(".jp-OutputArea-output img").all()
+    for picture in found:
+        assert picture.get_attribute("alt")
+        assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    return len(found)
 
 
 def when_changed(page, read, before):
@@ -210,6 +244,16 @@ def drop_a_corpus(page, folder):
     corpus = page.get_by_label("corpus", exact=True)
     corpus.fill("wiki-mini")
     corpus.press("Tab")
+
+
+def test_stored_outputs_show(page, lab):
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
+        stored = sum("image/png" in output.get("data", {}) for output in outputs)
+        open_notebook(page, lab, f"stored/{path.name}")
+        images = page.locator(".jp-OutputArea-output img")
+        when_changed(page, lambda: images.count() < stored, True)  # noqa: B023
+        assert pictures(page) == stored > 0, path.name
 
 
 def test_picker_says_what_it_cannot_load(page, lab, tmp_path):
