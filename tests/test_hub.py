@@ -17,6 +17,7 @@ from hub_server import HubServer
 
 from fcse.data import HUB_DATASET, load_corpus, load_lee, load_sts, senteval_folder, text_hash
 from fcse.encoder import SentenceEncoder
+from fcse.encoder.precision import resolve_precision
 from fcse.encoder.sentence_encoder import weights_hash
 from fcse.evaluation import judge
 from fcse.recipes import RECIPES
@@ -202,6 +203,7 @@ def test_paper_recipe_takes_everything_from_the_hub(name, hub, machine, backbone
     record = json.loads((folder / "run.json").read_text())
     expected = asdict(RECIPES[name]) | {"steps": 2, "batch_size": 16, "eval_steps": 1}
     assert not expected.pop("methods") and expected.pop("output") is None
+    expected["precision"] = resolve_precision("auto")
     assert record["config"] == expected | expected["objective"] | {"objective": "focal_info_nce"}
     assert record["finished"]
     assert record["corpus"]["sha256"] == text_hash(load_corpus("wiki-mini", SENTENCES))
