@@ -181,11 +181,11 @@ def test_the_process_ends_with_whoever_started_it(config, tmp_path):
         [
             sys.executable,
             "-c",
-            "import pathlib, pickle, subprocess, sys, time\n"
+            "import os, pathlib, pickle, sys, time\n"
             "from fcse.training import apart, train\n"
             "pid, config = map(pathlib.Path, sys.argv[1:])\n"
             "config = pickle.loads(config.read_bytes())\n"
-            "child = apart.start(train, config, output=subprocess.DEVNULL)\n"
+            "child = apart.start(train, config, output=pathlib.Path(os.devnull))\n"
             "pid.write_text(str(child.pid))\n"
             "time.sleep(600)",
             *(pid_file, given),

@@ -27,7 +27,7 @@ from fcse.study.findings import draw, take_over
 from fcse.study.grid import Grid, plan, read_grid
 from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published, load_runs, over_seeds, score_runs
-from fcse.study.workers import check_workers, estimate, run_grid
+from fcse.study.workers import Local, estimate, run_grid
 from fcse.training import train
 
 
@@ -250,7 +250,7 @@ def run_study(
         if seed or figures:
             raise InputError("--seed and --figures do not go with --config: name seeds in the file")
         folder = output or data.runs_folder() / config.stem
-        _run_grid(read_grid(config, folder), workers, keep_models, dry_run)
+        _run_grid(read_grid(config, folder), Local(workers), keep_models, dry_run)
         return
     if output or workers is not None or keep_models or dry_run:
         raise InputError("--output, --workers, --keep-models and --dry-run need --config")
@@ -263,17 +263,17 @@ def run_study(
     print("an interval for a difference: fcse compare; over several seeds: fcse report")
 
 
-def _run_grid(grid: Grid, workers: int | None, keep_models: bool, dry_run: bool) -> None:
-    at_a_time = check_workers(workers)
+def _run_grid(grid: Grid, where: Local, keep_models: bool, dry_run: bool) -> None:
     runs = grid.to_run()
     print(f"{len(grid.runs)} runs: {len(grid.runs) - len(runs)} done, {len(runs)} to run")
     if dry_run and runs:
         print(f"\n{plan(runs).to_string(index=False)}\n")
         seconds, source = estimate(grid, runs)
-        took = tqdm.format_interval(round(seconds / min(at_a_time, len(runs))))
+        at_a_time = min(where.workers, len(runs))
+        took = tqdm.format_interval(round(seconds / at_a_time))
         print(f"estimated time of training, {at_a_time} at a time: {took} ({source})")
     if not dry_run:
-        run_grid(grid, workers, keep_models)
+        run_grid(grid, where, keep_models)
         print(f"results: {grid.folder / 'results.csv'}")
         print(f"losses over seeds: fcse report {grid.folder / 'runs'}")
 

@@ -4,13 +4,13 @@ import io
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
@@ -62,27 +62,64 @@ def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None
         folder.drop_models()
 
 
-def run_grid(grid: Grid, workers: int | None = None, keep_models: bool = False) -> pd.DataFrame:
+class Local:
+    """Where the runs of a grid are made: in processes of this machine, over its GPUs in turn."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        """workers: runs at a time; by default one a GPU, else one. InputError: below 1."""
+        self.workers = check_workers(workers) or len(_gpus()) or 1
+        self._free = list(range(self.workers))
+        self._running: dict[TrainConfig, tuple[BaseProcess, int]] = {}
+
+    def start(self, config: TrainConfig, tasks: Sequence[str], keep_models: bool) -> None:
+        """Begin `run_one`, apart from this process; it ends with it."""
+        slot = self._free.pop()
+        call = run_one, config, tasks, keep_models
+        process = apart.start(*call, output=log_of(config), environment=_share(slot, self.workers))
+        self._running[config] = process, slot
+
+    def ended(self, config: TrainConfig) -> str | None:
+        """None while a run goes on; why it failed, in one line, or nothing once it has ended.
+
+        The output of one that failed stays as `log_of` it."""
+        process, slot = self._running[config]
+        if process.is_alive():
+            return None
+        del self._running[config]
+        self._free.append(slot)
+        if process.exitcode == 0:
+            log_of(config).unlink()
+            return ""
+        return _reason(process.exitcode, log_of(config))
+
+    def stop(self) -> None:
+        """End all that goes on."""
+        for process, _ in self._running.values():
+            process.terminate()
+        for process, _ in self._running.values():
+            process.join()
+
+
+def run_grid(grid: Grid, where: Local | None = None, keep_models: bool = False) -> pd.DataFrame:
     """Train and score what is left of a grid, each run in a process of its own.
 
     results.csv is renewed after every run. A run that fails is said in one line, its output is
-    kept beside its folder as NAME.log, and the others go on. Runs end with the process that
-    called, however that ends, and go on from their last state when it is called again.
+    kept beside its folder as NAME.log, and the others go on. What ends with this call goes on from
+    its last state with the next.
 
-    workers: runs at a time, >= 1, over the GPUs in turn; by default one a GPU, else one.
-    keep_models: keep the weights of the runs made now.
+    where: the runs are made; by default `Local`. keep_models: keep the weights of the runs made
+    now.
 
     Returns: `results` of the grid's folder. InputError: data of a task that is missing, a folder
     that another study works in or that cannot be written, or, after all others are done, runs that
     failed."""
     if processes.world().num_processes > 1:
         raise InputError("a study starts its own processes: call it without accelerate launch")
-    workers = check_workers(workers)
     load_tasks(grid.tasks)  # better missed now than after the first training
     try:
         (grid.folder / "runs").mkdir(parents=True, exist_ok=True)
         with FileLock(grid.folder / ".lock", timeout=0):
-            failed = _run_all(grid, workers, keep_models)
+            failed = _run_all(grid, where or Local(), keep_models)
     except Timeout:
         raise InputError(
             f"another study works in {grid.folder}: wait for it, or name another output"
@@ -97,50 +134,36 @@ def run_grid(grid: Grid, workers: int | None = None, keep_models: bool = False) 
     return results(grid.folder)
 
 
-def _run_all(grid: Grid, workers: int, keep_models: bool) -> list[str]:
+def _run_all(grid: Grid, where: Local, keep_models: bool) -> list[str]:
     """Names of the runs that failed."""
-    waiting, free = grid.to_run(), list(range(workers))
-    running: dict[subprocess.Popen[bytes], tuple[TrainConfig, int]] = {}
+    waiting = grid.to_run()
+    running: list[TrainConfig] = []
     failed: list[str] = []
     _write_results(grid.folder)
     total = len(grid.runs)
     bar = tqdm(total=total, initial=total - len(waiting), unit="run", smoothing=0)
     try:
         while waiting or running:
-            while waiting and free:
-                config, slot = waiting.pop(0), free.pop(0)
-                running[_start(config, grid.tasks, keep_models, slot, workers)] = config, slot
+            while waiting and len(running) < where.workers:
+                running.append(waiting.pop(0))
+                where.start(running[-1], grid.tasks, keep_models)
             time.sleep(0.1)
-            for process in [p for p in running if p.poll() is not None]:
-                config, slot = running.pop(process)
-                process.stdin.close()
-                free.append(slot)
-                log = _log(config)
-                if process.returncode == 0:
-                    log.unlink()
-                    _write_results(grid.folder)
-                else:
+            for config in [*running]:
+                reason = where.ended(config)
+                if reason is None:
+                    continue
+                running.remove(config)
+                if reason:
                     failed.append(config.folder.name)
-                    reason = _reason(process.returncode, log)
-                    bar.write(f"failed: {failed[-1]}: {reason} (see {log})", file=sys.stderr)
+                    said = f"failed: {failed[-1]}: {reason} (see {log_of(config)})"
+                    bar.write(said, file=sys.stderr)
+                else:
+                    _write_results(grid.folder)
                 bar.update()
     finally:
         bar.close()
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-            process.stdin.close()
+        where.stop()
     return failed
-
-
-def _start(
-    config: TrainConfig, tasks: Sequence[str], keep_models: bool, slot: int, workers: int
-) -> "subprocess.Popen[bytes]":
-    """`run_one` in a process of its own."""
-    share = _share(slot, workers)
-    with _log(config).open("wb") as log:
-        return apart.start(run_one, config, tasks, keep_models, output=log, environment=share)
 
 
 def _share(slot: int, workers: int) -> dict[str, str]:
@@ -152,14 +175,16 @@ def _share(slot: int, workers: int) -> dict[str, str]:
     return {}
 
 
-def _log(config: TrainConfig) -> Path:
+def log_of(config: TrainConfig) -> Path:
+    """Where the output of a run goes, beside its folder."""
     return config.folder.with_name(f"{config.folder.name}.log")
 
 
 def _reason(code: int, log: Path) -> str:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    said = log.read_text(errors="replace").strip() or f"exit code {code}"
+    said = log.read_text(errors="replace").strip() if log.exists() else ""
+    said = said or f"exit code {code}"
     return said.splitlines()[-1].strip().removeprefix("fcse: ")
 
 
@@ -170,11 +195,11 @@ def _gpus() -> list[str]:
     return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
 
 
-def check_workers(workers: int | None) -> int:
-    """How many runs go on at a time: as asked (InputError: below 1), else one a GPU, else one."""
+def check_workers(workers: int | None) -> int | None:
+    """How many runs go on at a time, as asked. InputError: below 1."""
     if workers is not None and workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
-    return workers or len(_gpus()) or 1
+    return workers
 
 
 def _write_results(folder: Path) -> None:

@@ -2,11 +2,11 @@
 
 import hashlib
 import html
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -160,22 +160,21 @@ class TrainingPanel:
         """Train in a process and show the run until that has ended; runs in a thread."""
         try:
             config_here = replace(config, output=folder.path)
-            with (
-                tempfile.TemporaryFile() as complaints,
-                apart.start(train, config_here, output=complaints) as process,
-            ):
-                while process.poll() is None and not self._stopping.wait(_POLL):
+            with tempfile.TemporaryDirectory() as temporary:
+                complaints = Path(temporary, "complaints")
+                process = apart.start(train, config_here, output=complaints)
+                while process.is_alive() and not self._stopping.wait(_POLL):
                     self._look(config, folder)
                 _end(process)
                 self._look(config, folder)
-                if process.returncode == 0:
+                if process.exitcode == 0:
                     self._join(self.live)
                     self._say("Trained: it is in the table.")
                 elif self._stopping.is_set():
                     self._say(f"Stopped after {_steps(len(self.live.losses))}.")
                 else:
-                    complaints.seek(0)
-                    self._say(_complaint(complaints.read(), process.returncode), wrong=True)
+                    said = complaints.read_bytes() if complaints.exists() else b""
+                    self._say(_complaint(said, process.exitcode), wrong=True)
         except (InputError, OSError) as error:
             self._say(f"Training could not be started: {error}", wrong=True)
         finally:
@@ -239,14 +238,12 @@ class TrainingPanel:
                 self._say(f"{name.name} is the corpus now.")
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: BaseProcess) -> None:
     """Terminate a process, and kill it where that takes more than five seconds."""
     process.terminate()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    process.join(5)
+    process.kill()
+    process.join()
 
 
 def _read(config: TrainConfig, folder: RunFolder) -> Progress:
