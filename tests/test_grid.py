@@ -22,6 +22,7 @@ from fcse.objectives import OBJECTIVES
 from fcse.study import workers
 from fcse.study.grid import plan, read_grid, results
 from fcse.study.report import load_runs
+from fcse.study.slurm import Slurm
 from fcse.study.workers import run_one
 
 TWO = """
@@ -260,7 +261,11 @@ precision = "float32"
     "flags",
     [
         *(["--output", "x"], ["--workers", "0"], ["--dry-run"], ["--keep-models"]),
+        *(["--executor", "slurm"], ["--mem", "16G"], ["--executor", "cloud"]),
         *(["--config", "study.toml", "--seed", "1"], ["--config", "study.toml", "--workers", "0"]),
+        ["--config", "study.toml", "--gpus", "1"],
+        ["--config", "study.toml", "--executor", "slurm", "--workers", "0"],
+        ["--config", "study.toml", "--executor", "slurm", "--time", "4 h"],
     ],
 )
 def test_flags_that_do_not_go_together(flags, tmp_path, monkeypatch, capsys):
@@ -273,6 +278,15 @@ def test_flags_that_do_not_go_together(flags, tmp_path, monkeypatch, capsys):
     assert err.startswith("fcse: ")
     assert out == ""
     assert tree(tmp_path) == before
+
+
+def test_a_cluster_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with one_line_refusal("needs Slurm: there is no sbatch here"):
+        Slurm({})
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with one_line_refusal("--executor slurm needs a package: pip install submitit"):
+        Slurm({})
 
 
 def test_an_output_that_is_a_file_or_lies_in_one(grid, tmp_path):
@@ -321,7 +335,7 @@ def test_one_worker_a_gpu(visible, named, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert workers.check_workers(None) == 2
+    assert workers.Local().workers == 2
     given = [workers._share(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert given == [*named, named[0]]
 
@@ -329,25 +343,23 @@ def test_one_worker_a_gpu(visible, named, monkeypatch):
 def test_workers_share_the_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert workers.check_workers(None) == 1
+    assert workers.Local().workers == 1
     assert workers._share(0, 1) == {}
     assert workers._share(2, 3) == {"OMP_NUM_THREADS": "2"}
 
 
-def test_a_run_that_is_killed_is_one_line_and_the_next_goes_on(grid, tiny, monkeypatch, capsys):
+def test_a_run_that_is_killed_is_one_line_and_the_next_goes_on(grid, tiny, capsys):
     study = grid(f"{tiny}{TWO}")
     first, second = study.runs
-    start_one = workers._start
 
-    def start_and_kill(config, *others):
-        process = start_one(config, *others)
-        if config == first:
-            process.kill()
-        return process
+    class KillsTheFirst(workers.Local):
+        def start(self, config, *others):
+            super().start(config, *others)
+            if config == first:
+                self._running[config][0].kill()
 
-    monkeypatch.setattr(workers, "_start", start_and_kill)
     with one_line_refusal(f"1 of 2 runs failed, .*: {first.folder.name}$"):
-        workers.run_grid(study)
+        workers.run_grid(study, KillsTheFirst())
     assert f"failed: {first.folder.name}: ended by SIGKILL" in capsys.readouterr().err
     assert results(study.folder)["run"].tolist() == [second.folder.name]
     assert study.to_run() == [first]
@@ -400,7 +412,7 @@ def test_killed_and_resumed_nothing_is_repeated(tiny, tmp_path, capsys):
     process = start(log, *arguments)
     wait_for(second_is_on_its_way, process, log)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 1
+    assert len(children) == 3  # the run, what it was forked from, and multiprocessing's own
     process.kill()
     process.wait()
     assert psutil.wait_procs(children, timeout=60)[1] == [], "a run outlived its study"
@@ -414,8 +426,12 @@ def test_killed_and_resumed_nothing_is_repeated(tiny, tmp_path, capsys):
     assert "from 1 finished run of" in out
 
     process = start(log, *arguments)
-    wait_for(lambda: psutil.Process(process.pid).children(), process, log)
-    children = psutil.Process(process.pid).children()
+
+    def children_of_the_study():
+        return psutil.Process(process.pid).children(recursive=True)
+
+    wait_for(lambda: len(children_of_the_study()) == 3, process, log)
+    children = children_of_the_study()
     assert command(*arguments) == 2
     assert f"another study works in {folder}" in capsys.readouterr().err
     process.send_signal(signal.SIGINT)

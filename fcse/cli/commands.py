@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import tyro
@@ -27,6 +27,7 @@ from fcse.study.findings import draw, take_over
 from fcse.study.grid import Grid, plan, read_grid
 from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published, load_runs, over_seeds, score_runs
+from fcse.study.slurm import Slurm
 from fcse.study.workers import Local, estimate, run_grid
 from fcse.training import train
 
@@ -224,6 +225,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
             path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What a run asks a cluster for, by sbatch's names and in its words."""
+
+    partition: str | None = None
+    """Slurm: where jobs queue."""
+    gpus: str | None = None
+    """Slurm: GPUs of a run, such as 1 or a100:1; a run uses one."""
+    cpus_per_task: int | None = None
+    """Slurm: cores of a run."""
+    mem: str | None = None
+    """Slurm: memory of a run, such as 16G."""
+    time: str | None = None
+    """Slurm: time limit of a job, such as 4:00:00; a run that needs longer takes several jobs."""
+
+
 def run_study(
     seed: int = 0,
     figures: Path | None = None,
@@ -232,6 +249,8 @@ def run_study(
     workers: int | None = None,
     keep_models: bool = False,
     dry_run: bool = False,
+    executor: Literal["local", "slurm"] = "local",
+    resources: Annotated[Resources, tyro.conf.arg(name="")] = Resources(),
 ) -> None:
     """Train InfoNCE and Focal-InfoNCE on the embedded default, score both, draw the figures.
 
@@ -243,17 +262,25 @@ def run_study(
         figures: Folder for PNG, SVG and CSV; by default study/ beside the runs. A grid draws none.
         config: TOML file of a grid, see the README.
         output: Folder of the grid; by default named as the file, under FCSE_RUNS, else runs/.
-        workers: Runs at a time; by default one a GPU, else one.
+        workers: Runs at a time; by default one a GPU, else one; with --executor slurm all.
         keep_models: Keep the weights of the grid's runs, not only what came out.
-        dry_run: Say what the grid would run and how long that takes; write nothing."""
+        dry_run: Say what the grid would run and how long that takes; write nothing.
+        executor: Where the grid's runs are made: this machine, or a cluster, a job each.
+        resources: What a run asks the cluster for."""
     if config is not None:
         if seed or figures:
             raise InputError("--seed and --figures do not go with --config: name seeds in the file")
+        asked = {k.replace("_", "-"): x for k, x in asdict(resources).items() if x is not None}
+        if asked and executor == "local":
+            raise InputError(f"--{next(iter(asked))} needs --executor slurm")
+        where = Slurm(asked, workers) if executor == "slurm" else Local(workers)
         folder = output or data.runs_folder() / config.stem
-        _run_grid(read_grid(config, folder), Local(workers), keep_models, dry_run)
+        _run_grid(read_grid(config, folder), where, keep_models, dry_run)
         return
     if output or workers is not None or keep_models or dry_run:
         raise InputError("--output, --workers, --keep-models and --dry-run need --config")
+    if executor != "local" or resources != Resources():
+        raise InputError("--executor and what it asks a cluster for need --config")
     table, folder = study(replace(recipe("minilm-wiki"), seed=seed), figures)
     wide = table.pivot(index="encoder", columns="task", values="score")
     wide = wide.loc[table["encoder"].unique(), table["task"].unique()].round(2)
