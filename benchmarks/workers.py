@@ -1,6 +1,6 @@
 """A run of a grid in a process that is forked with its imports, against a fresh interpreter.
 
-python benchmarks/workers.py [STEPS]
+python benchmarks/workers.py [STEPS [RUNS]]
 """
 
 import subprocess
@@ -17,7 +17,6 @@ from fcse.recipes import recipe
 from fcse.study.workers import log_of, run_one
 from fcse.training import apart
 
-RUNS = 4
 FRESH = "import cloudpickle, sys; f, arguments = cloudpickle.load(sys.stdin.buffer); f(*arguments)"
 
 
@@ -34,10 +33,11 @@ def fresh(call: tuple) -> None:
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if sys.argv[1:] else 2
+    given = [int(argument) for argument in sys.argv[1:]]
+    steps, runs = given + [2, 4][len(given) :]
     seconds = {warm: [], fresh: []}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(RUNS):
+        for seed in range(runs):
             for how, taken in seconds.items():
                 output = Path(folder, f"{how.__name__}-{seed}")
                 short = replace(recipe("minilm-wiki"), steps=steps, batch_size=32, seed=seed)
@@ -47,7 +47,7 @@ def main() -> None:
     for how, taken in seconds.items():
         print(f"{how.__name__:6}" + "".join(f"{s:7.1f} s" for s in taken))
     ratios = [cold / hot for hot, cold in zip(seconds[warm], seconds[fresh], strict=True)]
-    print(f"{RUNS} runs of {steps} steps, the first with the imports of what is forked:")
+    print(f"{runs} runs of {steps} steps, the first with the imports of what is forked:")
     print(f"{sum(seconds[fresh]) / sum(seconds[warm]):.2f} times as fast")
     later = ratios[1:]
     print(f"after the first: {median(later):.2f} ({min(later):.2f} to {max(later):.2f})")
