@@ -75,8 +75,8 @@ def encode(
 
     All processes must call it, with the same sentences."""
     state = world()
-    mine = sentences[state.process_index :: state.num_processes]
-    mine = encoder.encode(mine, normalize=True, precision=precision)
+    share = sentences[state.process_index :: state.num_processes]
+    mine = encoder.encode(share, normalize=True, precision=precision)
     embeddings = np.empty((len(sentences), mine.shape[1]), dtype=np.float32)
     for index, part in enumerate(gather_object([mine])):
         embeddings[index :: state.num_processes] = part

@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -146,7 +146,11 @@ class SentenceEncoder(nn.Module):
             return tokens[:, 0] if cls else (tokens * mask.to(tokens.dtype)).sum(1) / mask.sum(1)
 
         two_layers = self.pooling not in ("cls", "mean")
-        with speed.first_token_only(self.backbone, packing) if cls else nullcontext():
+        ours = self.training or packing is not None  # in place of the library's attention
+        with (
+            speed.cheap_dropout_in(self.backbone) if ours else nullcontext(),
+            speed.first_token_only(self.backbone, packing) if cls else nullcontext(),
+        ):
             output = self.backbone(**features, output_hidden_states=two_layers or layers > 0)
         tokens = output.last_hidden_state
         if two_layers:
@@ -191,19 +195,18 @@ class SentenceEncoder(nn.Module):
         def embedding(flat: Tensor) -> Tensor:  # in the precision of the other weights
             return self.backbone.get_input_embeddings()(flat).to(self.head[0].weight.dtype)
 
-        order, pooled = list(range(len(token_ids))), []
-        with speed.cheap_dropout_in(self.backbone):
-            if packs(self.backbone, token_ids):
-                line = packed(token_ids, copies, self.backbone, embedding)
-                pooled.append(self.pool(line, layers).unflatten(0, (copies, -1)))
-            else:
-                order.clear()
-                for rows, features in speed.length_groups(token_ids, embedding, self.device):
-                    repeated = {name: torch.cat([x] * copies) for name, x in features.items()}
-                    order += rows
-                    pooled.append(self.pool(repeated, layers).unflatten(0, (copies, -1)))
-        views = torch.cat(pooled, dim=1).transpose(0, 1)
-        views = views[torch.tensor(order, device=self.device).argsort()]
+        if packs(self.backbone, token_ids):
+            line = packed(token_ids, copies, self.backbone, embedding)
+            views = self.pool(line, layers).unflatten(0, (copies, -1)).transpose(0, 1)
+        else:
+            order: list[int] = []
+            pooled = []
+            for rows, features in speed.length_groups(token_ids, embedding, self.device):
+                repeated = {name: torch.cat([x] * copies) for name, x in features.items()}
+                order += rows
+                pooled.append(self.pool(repeated, layers).unflatten(0, (copies, -1)))
+            back = torch.tensor(order, device=self.device).argsort()
+            views = torch.cat(pooled, dim=1).transpose(0, 1)[back]
         views = views if layers else views.unsqueeze(2)
         return self.head(views) if self.pooling == "cls" else views
 
@@ -218,10 +221,16 @@ class SentenceEncoder(nn.Module):
         """Embed n sentences without dropout and without the head: (n, D) float32.
 
         Batches are formed by length, so that little is padded; rows come back in input order, with
-        `normalize` at unit length. What is longer than the backbone's own limit is cut. In bf16 a
-        cosine differs by some 1e-5 from its value in float32. InputError:
-        `sentences` is a single string or holds something else than strings, or `batch_size` is
-        below 1."""
+        `normalize` at unit length. What is longer than the backbone's own limit is cut.
+
+        Args:
+            sentences: n texts.
+            batch_size: how many long sentences make a batch; of short ones more, 32 tokens each.
+            normalize: to unit length.
+            precision: float32, bf16 (a cosine then differs by some 1e-5), or auto.
+
+        InputError: `sentences` is a single string or holds something else than strings, or
+        `batch_size` is below 1."""
         if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
             raise InputError("sentences must be a sequence of strings")
         if batch_size < 1:
@@ -230,27 +239,45 @@ class SentenceEncoder(nn.Module):
         if not len(sentences):
             return embeddings
         token_ids = self.tokenize(sentences)
-        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
-        starts = range(0, len(order), batch_size)
-        shown = {"unit": " sentences", "unit_scale": batch_size, "delay": 2, "leave": False}
+        shown = {"unit": " sentences", "delay": 2, "leave": False}
         was_training = self.training
         self.eval()
         low = resolve_precision(precision, self.device) == "bf16"
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
         try:
-            for start in tqdm(starts, "encoding", **shown):
-                rows = order[start : start + batch_size]
-                batch = {"input_ids": [token_ids[i] for i in rows]}
-                batch = self.tokenizer.pad(batch, return_tensors="pt")
-                features = {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
-                with autocast:
-                    pooled = self.pool(features)
-                embeddings[rows] = pooled.float().cpu().numpy()
+            with (
+                torch.autocast(self.device.type, torch.bfloat16, enabled=low),
+                tqdm(total=len(sentences), desc="encoding", **shown) as bar,
+            ):
+                for rows in self._batches(token_ids, batch_size):
+                    pooled = self.pool(self._features([token_ids[i] for i in rows]))
+                    embeddings[rows] = pooled.float().cpu().numpy()
+                    bar.update(len(rows))
         finally:
             self.train(was_training)
         if normalize:
             embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)
         return embeddings
+
+    def _batches(
+        self, token_ids: Sequence[Sequence[int]], batch_size: int
+    ) -> Iterator[Sequence[int]]:
+        """Rows from the longest to the shortest sentence."""
+        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+        ends = np.cumsum([len(token_ids[i]) for i in order])
+        start = 0
+        while start < len(order):
+            end = start + batch_size
+            if packs(self.backbone, [token_ids[order[start]]]):
+                tokens = ends[start] - len(token_ids[order[start]]) + 32 * batch_size
+                end = max(start + 1, int(np.searchsorted(ends, tokens, "right")))
+            yield order[start:end]
+            start = end
+
+    def _features(self, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        if packs(self.backbone, token_ids):
+            return packed(token_ids, 1, self.backbone, self.backbone.get_input_embeddings())
+        batch = self.tokenizer.pad({"input_ids": token_ids}, return_tensors="pt")
+        return {k: x.to(self.device) for k, x in batch.items() if k in self._inputs}
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `AutoModel` and, with its pooling, `SentenceTransformer` load.

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from fcse import losses, processes
 from fcse.config import TrainConfig
 from fcse.data import corpus_reader
+from fcse.encoder import speed
 from fcse.encoder.precision import Precision, resolve_precision
 from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
 from fcse.errors import InputError
@@ -47,7 +49,9 @@ def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     folder = run_folder(config)
     try:
         if folder.record() is None:
-            _train(config, folder, callback)
+            low = resolve_precision(config.precision) == "bf16"
+            with speed.freed_memory_kept() if low else nullcontext():
+                _train(config, folder, callback)
     finally:
         folder.release()
     folder.drop_states()
