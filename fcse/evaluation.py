@@ -1,7 +1,6 @@
 """How good are the embeddings: rank correlation with people, alignment and uniformity."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import scipy.stats
@@ -9,11 +8,9 @@ import torch
 from torch import Tensor
 
 from fcse import processes
-from fcse.data import SentencePairs, load_lee, load_sts
+from fcse.data import Aggregate, SentencePairs, load_lee, load_sts
 from fcse.encoder.precision import Precision
 from fcse.encoder.sentence_encoder import SentenceEncoder
-
-Aggregate = Literal["all", "mean", "wmean"]
 
 _BLOCK = 2048
 """Side of the square of similarities that `uniformity` holds at a time: 16 MiB in float32."""

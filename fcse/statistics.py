@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.stats
+import scipy  # loads scipy.stats, which is slow, where it is first used
 
 from fcse.data import SentencePairs
-from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError
-from fcse.evaluation import pair_similarities
+
+if TYPE_CHECKING:
+    from fcse.encoder.sentence_encoder import SentenceEncoder
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class SeedSummary:
 
 
 def compare(
-    a: SentenceEncoder,
-    b: SentenceEncoder,
+    a: "SentenceEncoder",
+    b: "SentenceEncoder",
     task: SentencePairs,
     resamples: int = 2000,
     confidence: float = 0.95,
@@ -62,14 +64,16 @@ def compare(
 
 
 def compare_tasks(
-    a: SentenceEncoder,
-    b: SentenceEncoder,
+    a: "SentenceEncoder",
+    b: "SentenceEncoder",
     tasks: Sequence[SentencePairs],
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Comparison]:
     """`compare` for each task, and last for the mean over the tasks, each resampled by itself."""
+    from fcse.evaluation import pair_similarities
+
     check_bootstrap(resamples, confidence)
     said = zip(pair_similarities(a, tasks), pair_similarities(b, tasks), tasks, strict=True)
     drawn, differences, results = [], [], []

@@ -13,7 +13,10 @@ from fcse.cli import main
 from fcse.training import train
 
 CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["fcse.cli", "transformers.models.bert.modeling_bert"])
+# Commands load what they need as they run: here all of it is loaded once, before the forks.
+CLEAN.set_forkserver_preload(
+    ["fcse.study.embedded", "fcse.study.workers", "transformers.models.bert.modeling_bert"]
+)
 
 
 def _main(arguments, errors, largest_file):

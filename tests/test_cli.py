@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import matplotlib.font_manager  # noqa: F401 - keeps a list of fonts, not in a test's own cache
 import pytest
 import torch
 from conftest import lee_score
@@ -69,6 +70,68 @@ COMMANDS = ["train", "evaluate", "compare", "report", "import", "study", "findin
 def test_help(command, capsys):
     assert run(*command, "--help") == 0
     assert capsys.readouterr().out.startswith("usage: fcse")
+
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "gensim", "umap", "scipy.stats"}
+TABLES, PICTURES = {"pandas", "pyarrow", "scipy.stats"}, {"matplotlib", "seaborn", "IPython"}
+HEAVY |= {"sklearn"} | TABLES | PICTURES
+EACH = """
+import json, sys
+from fcse import cli
+loaded = {}
+for line in sys.argv[1:]:
+    try:
+        cli.main(line.split())
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    loaded[line] = [code, *sys.modules]
+print(json.dumps(loaded), file=sys.stderr)
+"""
+
+
+def heavy(*lines):
+    """The exit code of each command line, and the slow modules that were loaded up to there.
+
+    All run in one process, which has imported nothing but the command line."""
+    command = [sys.executable, "-c", EACH, *lines]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stderr.splitlines()[-1])
+    return {line: (code, HEAVY & {*modules}) for line, (code, *modules) in loaded.items()}
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        (0, ["--help", *(f"{name} --help" for name in COMMANDS)]),
+        (2, ["", "fly", "evaluate", "train --no-such-flag 1", "train --sscl.layer 1"]),
+        (2, ["train --steps abc", "train --temperature 0", "train --modulate all"]),
+        (2, ["train --objective none_such", "train --recipe none-such", "train --layers 1"]),
+        (2, ["evaluate minilm --pooling max", "evaluate minilm --tasks STS99"]),
+        (2, ["evaluate minilm --json none/scores.json", "compare minilm minilm --resamples 3"]),
+        (2, ["study --workers 2"]),
+    ],
+)
+def test_help_and_the_parsers_errors_wait_for_nothing_slow(code, lines):
+    assert heavy(*lines) == dict.fromkeys(lines, (code, set()))
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("report none", TABLES),
+        ("study --config none.toml", TABLES),
+        ("findings none", TABLES | PICTURES),
+    ],
+)
+def test_tables_wait_for_no_torch(line, allowed):
+    code, loaded = heavy(line)[line]
+    assert code == 2
+    assert loaded <= allowed
+
+
+def test_doctor_loads_torch_alone():
+    assert heavy("doctor")["doctor"][1] == {"torch"}
 
 
 def test_train_help_names_the_fields(capsys):
@@ -328,6 +391,9 @@ def test_report_prints_intervals_and_draws(tiny_model, corpus, tmp_path, capsys)
     gain = over_seeds(score_runs(load_runs(tmp_path / "runs"), [load_lee()]))["gain"].iloc[-1]
     assert f"over InfoNCE, paired: {gain}" in shown
     assert "+14.0 sd" in shown
+    code, loaded = heavy("report")["report"]
+    assert code == 0
+    assert loaded <= TABLES, "what is scored already is read, without torch"
     drawn = {p.name for p in (tmp_path / "figures").iterdir()}
     assert drawn == {
         f"{name}.{suffix}"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from fcse import methods, processes
+from fcse import methods
 from fcse.cli import commands
 from fcse.config import OLD, PARAMETERS, TrainConfig, configured
 from fcse.errors import InputError
@@ -21,15 +21,7 @@ from fcse.objectives import documented, key, parameters
 from fcse.recipes import RECIPES, recipe
 
 _DEFAULT_RECIPE = "minilm-wiki"
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "evaluate": commands.run_evaluate,
-    "compare": commands.run_compare,
-    "report": commands.run_report,
-    "import": commands.run_import,
-    "study": commands.run_study,
-    "findings": commands.run_findings,
-    "doctor": commands.run_doctor,
-}
+_COMMANDS = ("evaluate", "compare", "report", "import", "study", "findings", "doctor")
 
 
 def _flags(start: TrainConfig) -> type:
@@ -116,7 +108,8 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
     def bound(run: Callable[..., None]) -> Callable[..., Callable[[], None]]:
         return functools.wraps(run)(lambda *args, **kwargs: functools.partial(run, *args, **kwargs))
 
-    runs = {"train": _train_command(arguments)} | _COMMANDS
+    runs = {name: getattr(commands, f"run_{name}") for name in _COMMANDS}
+    runs = {"train": _train_command(arguments)} | runs
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
@@ -145,11 +138,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Ctrl-C ends with 130, SIGTERM with 143 and a closed pipe with 141, as shells expect."""
     before = signal.signal(signal.SIGTERM, _terminate)
-    first = processes.world().is_main_process
+    first, launched = True, "WORLD_SIZE" in os.environ
+    if launched:  # a process alone joins nobody, and a help text waits for no torch
+        from fcse import processes
+
+        first = processes.world().is_main_process
     try:
         with redirect_stdout(sys.stdout if first else io.StringIO()):
             _parse(sys.argv[1:] if arguments is None else arguments)()
-        processes.leave()
+        if launched:
+            processes.leave()
     except InputError as error:
         print(f"fcse: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,39 +1,35 @@
-"""What each command does: fcse train | evaluate | compare | report | import | study | ..."""
+"""What each command does: fcse train | evaluate | compare | report | import | study | ...
+
+Each loads what it needs as it runs: help texts and the parser's errors wait for no torch."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
 import tyro
 from tqdm.auto import tqdm
 
-from fcse import __version__, data, plots, processes
-from fcse.cli.doctor import examine
+from fcse import __version__, data
 from fcse.config import TrainConfig
-from fcse.encoder.checkpoints import import_checkpoint
 from fcse.encoder.pooling import Pooling
 from fcse.encoder.precision import Precision, resolve_precision
-from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError, writing
-from fcse.evaluation import Aggregate, aggregate_spearman, pair_similarities, subset_scores
 from fcse.recipes import recipe
-from fcse.statistics import check_bootstrap, compare_tasks
-from fcse.study.embedded import study
-from fcse.study.findings import draw, take_over
-from fcse.study.grid import Grid, plan, read_grid
-from fcse.study.published import SIMCSE_50_SEEDS
-from fcse.study.report import beside_published, load_runs, over_seeds, score_runs
-from fcse.study.slurm import Slurm
-from fcse.study.workers import Local, estimate, run_grid
-from fcse.training import train
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fcse.study.grid import Grid
+    from fcse.study.workers import Local
 
 
 def run_train(config: TrainConfig) -> None:
     """Train an encoder; a run that is there already is loaded, not repeated."""
+    from fcse.training import train
+
     result = train(config)
     first, last = result.evaluations[0], result.evaluations[-1]
     for name in first:
@@ -47,7 +43,7 @@ def run_evaluate(
     pooling: Pooling | None = None,
     senteval: Path | None = None,
     tasks: tuple[str, ...] = data.STS_TASKS,
-    aggregate: Aggregate = "all",
+    aggregate: data.Aggregate = "all",
     precision: Precision = "float32",
     json_: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -69,6 +65,9 @@ def run_evaluate(
     for task in ("STSBenchmark", "SICKRelatedness"):
         if task in judged:
             judged[f"{task}-dev"] = data.load_sts(task, "dev", senteval)
+    from fcse.encoder.sentence_encoder import SentenceEncoder
+    from fcse.evaluation import aggregate_spearman, pair_similarities, subset_scores
+
     encoder = SentenceEncoder.from_pretrained(model, pooling)
     precision = resolve_precision(precision, encoder.device)
     similarities = pair_similarities(encoder, list(judged.values()), precision)
@@ -112,9 +111,13 @@ def run_compare(
         resamples: Bootstrap draws, at least 100.
         confidence: Of the interval, between 0 and 1.
         json_: Also write the comparison to this file."""
+    from fcse.statistics import check_bootstrap, compare_tasks
+
     _check_json(json_)
     check_bootstrap(resamples, confidence)
     judged = list(_load_tasks(tasks, senteval).values())
+    from fcse.encoder.sentence_encoder import SentenceEncoder
+
     encoders = [SentenceEncoder.from_pretrained(model, pooling) for model in (a, b)]
     results = compare_tasks(*encoders, judged, resamples, confidence)
     names = [pairs.name for pairs in judged] + ["mean"] * (len(judged) > 1)
@@ -142,6 +145,9 @@ def run_report(
         sts: Score the seven STS tasks too; their mean is what stands beside the published ones.
         senteval: SentEval data folder; else FCSE_SENTEVAL, else the hub.
         figures: Folder for the two figures, as PNG, SVG and CSV."""
+    from fcse.study.published import SIMCSE_50_SEEDS
+    from fcse.study.report import beside_published, load_runs, over_seeds, score_runs
+
     folder = runs or (data.runs_folder() if data.runs_folder().is_dir() else None)
     scores = None
     if folder is not None:
@@ -159,6 +165,8 @@ def run_report(
     if any(points["backbone"] == "minilm"):
         print("minilm was tuned on supervised pairs: no comparison with the rows above it")
     if figures is not None:
+        from fcse import plots
+
         picture = plots.beside_published(points, SIMCSE_50_SEEDS)
         plots.save(picture, points, figures / "beside_published")
         groups = [] if scores is None else scores.groupby("settings", sort=False)
@@ -168,7 +176,7 @@ def run_report(
         print(f"\nfigures: {figures}/")
 
 
-def _print_seeds(summary: pd.DataFrame) -> None:
+def _print_seeds(summary: "pd.DataFrame") -> None:
     width = 2 + summary["name"].str.len().max()
     for settings, table in summary.groupby("settings", sort=False):
         print(f"\n{settings or 'all runs share their settings'}: 100 x Spearman over seeds")
@@ -197,6 +205,8 @@ def run_import(
         pooling: Of the training; cls brings the MLP head along."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output {output} is there already: name a new folder")
+    from fcse.encoder.checkpoints import import_checkpoint
+
     imported = import_checkpoint(checkpoint, encoder, pooling)
     with writing(f"output {output}"):
         imported.save_pretrained(output)
@@ -220,6 +230,8 @@ def _check_json(path: Path | None) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from fcse import processes
+
     if processes.world().is_main_process:
         with writing(path):
             path.write_text(json.dumps(content, indent=1) + "\n")
@@ -273,14 +285,21 @@ def run_study(
         asked = {k.replace("_", "-"): x for k, x in asdict(resources).items() if x is not None}
         if asked and executor == "local":
             raise InputError(f"--{next(iter(asked))} needs --executor slurm")
+        from fcse.study.grid import read_grid
+
+        grid = read_grid(config, output or data.runs_folder() / config.stem)
+        from fcse.study.slurm import Slurm
+        from fcse.study.workers import Local
+
         where = Slurm(asked, workers) if executor == "slurm" else Local(workers)
-        folder = output or data.runs_folder() / config.stem
-        _run_grid(read_grid(config, folder), where, keep_models, dry_run)
+        _run_grid(grid, where, keep_models, dry_run)
         return
     if output or workers is not None or keep_models or dry_run:
         raise InputError("--output, --workers, --keep-models and --dry-run need --config")
     if executor != "local" or resources != Resources():
         raise InputError("--executor and what it asks a cluster for need --config")
+    from fcse.study.embedded import study
+
     table, folder = study(replace(recipe("minilm-wiki"), seed=seed), figures)
     wide = table.pivot(index="encoder", columns="task", values="score")
     wide = wide.loc[table["encoder"].unique(), table["task"].unique()].round(2)
@@ -290,7 +309,10 @@ def run_study(
     print("an interval for a difference: fcse compare; over several seeds: fcse report")
 
 
-def _run_grid(grid: Grid, where: Local, keep_models: bool, dry_run: bool) -> None:
+def _run_grid(grid: "Grid", where: "Local", keep_models: bool, dry_run: bool) -> None:
+    from fcse.study.grid import plan
+    from fcse.study.workers import estimate, run_grid
+
     runs = grid.to_run()
     print(f"{len(grid.runs)} runs: {len(grid.runs) - len(runs)} done, {len(runs)} to run")
     if dry_run and runs:
@@ -314,6 +336,8 @@ def run_findings(
     Args:
         folder: The study's tables, one CSV beside each TOML file of a grid; figures go there too.
         runs: Where fcse study put those grids, else the tables are taken as they are."""
+    from fcse.study.findings import draw, take_over
+
     if runs is not None:
         take_over(folder, runs)
     found = draw(folder)
@@ -332,6 +356,8 @@ def run_doctor() -> None:
     """Say what this machine has, what is wrong with it, and how to mend that.
 
     Device, threads, precision, memory, folders, packaged assets, STS data, hub."""
+    from fcse.cli.doctor import examine
+
     wrong: dict[str, None] = {}
     for finding in examine():
         print(f"{'' if finding.healthy else '! '}{finding.what:12}{finding.said}")

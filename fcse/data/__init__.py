@@ -19,6 +19,7 @@ from fcse.data.assets import (
 from fcse.data.judgements import (
     STS_SUBSETS,
     STS_TASKS,
+    Aggregate,
     SentencePairs,
     load_lee,
     load_sts,

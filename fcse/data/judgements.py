@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +27,9 @@ STS_SUBSETS: dict[str, tuple[str, ...]] = {
 
 STS_TASKS = (*STS_SUBSETS, "STSBenchmark", "SICKRelatedness")
 """The seven tasks of the SimCSE line of work, in its order."""
+
+Aggregate = Literal["all", "mean", "wmean"]
+"""How the parts of a task join, see `evaluation.aggregate_spearman`."""
 
 _SICK_FILES = {"train": "train", "dev": "trial", "test": "test_annotated"}
 

@@ -28,9 +28,9 @@ def bf16_units(device: "torch.device") -> str:
 
 def resolve_precision(precision: Precision, device: "torch.device | None" = None) -> Precision:
     """What "auto" means on a device, by default this machine's: bf16 where it has units for it."""
-    import torch
-
     if precision != "auto":
         return precision
+    import torch
+
     device = device or torch.accelerator.current_accelerator(check_available=True)
     return "bf16" if bf16_units(device or torch.device("cpu")) else "float32"

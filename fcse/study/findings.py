@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from fcse import plots
-from fcse.analysis import batch_similarities, effects
 from fcse.data import STS_TASKS, is_file, load_wiki_articles
 from fcse.errors import InputError, first_line, writing
 from fcse.objectives import OBJECTIVES, VARIANTS, FocalInfoNCE, InfoNCE, rank
@@ -20,8 +20,9 @@ from fcse.objectives import name as name_of
 from fcse.statistics import compare_seeds, holm
 from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published
-from fcse.training import TrainResult, read_run
-from fcse.training.batches import seen
+
+if TYPE_CHECKING:
+    from fcse.training import TrainResult
 
 STUDY = Path(__file__).parents[2] / "figures/study"
 """Where a checkout of the project has the tables."""
@@ -229,12 +230,15 @@ def random_batches(count: int = 8, size: int = 64, seed: int = 0) -> list[tuple[
     ]
 
 
-def along_training(run: TrainResult, batches: Sequence[tuple[list[str], ...]]) -> pd.DataFrame:
+def along_training(run: "TrainResult", batches: Sequence[tuple[list[str], ...]]) -> pd.DataFrame:
     """What a run's own loss does to `random_batches` in each state whose weights there are.
 
     Returns: One row a state, each number a mean over batches: "name" of the loss, "seed", "step",
     and the columns of `analysis.effects`. InputError: the run has a method that acts on more than
     the similarities of a batch."""
+    from fcse.analysis import batch_similarities, effects
+    from fcse.training.batches import seen
+
     config = run.config
     rows = []
     for step in run.steps:
@@ -267,6 +271,8 @@ def take_over(folder: Path, runs: Path) -> None:
             shutil.copyfile(scores, folder / "scores.csv")
     folders = sorted(path.parent for path in (runs / "states/runs").glob("*/checkpoints"))
     if folders and "states" in known:
+        from fcse.training import read_run
+
         batches = random_batches()
         measured = [along_training(read_run(path), batches) for path in tqdm(folders, unit="run")]
         table = pd.concat(measured).sort_values(["name", "seed", "step"], ignore_index=True)

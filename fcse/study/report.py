@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,13 +11,14 @@ import pandas as pd
 from fcse.config import PARAMETERS, TrainConfig, recorded
 from fcse.data import STS_TASKS, SentencePairs
 from fcse.encoder.precision import Precision
-from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError, replacing
-from fcse.evaluation import judge_tasks
 from fcse.objectives import rank
 from fcse.statistics import compare_seeds, summarise_seeds
 from fcse.study import published
 from fcse.study.grid import SCORES
+
+if TYPE_CHECKING:
+    from fcse.encoder.sentence_encoder import SentenceEncoder
 
 _SAID = ("recipe", "objective", "seed", *PARAMETERS)
 """Settings that the name of a loss, or a column of its own, says already."""
@@ -85,7 +86,7 @@ def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFra
 
 
 def judged(
-    encoder: SentenceEncoder | Path,
+    encoder: "SentenceEncoder | Path",
     tasks: Sequence[SentencePairs],
     path: Path,
     precision: Precision = "float32",
@@ -98,6 +99,9 @@ def judged(
         known = json.loads(path.read_text()) if path.is_file() else {}
         missing = [pairs for pairs in tasks if pairs.name not in known]
         if missing:
+            from fcse.encoder.sentence_encoder import SentenceEncoder
+            from fcse.evaluation import judge_tasks
+
             if isinstance(encoder, Path):
                 encoder = SentenceEncoder.from_pretrained(encoder)
             scores = judge_tasks(encoder, missing, precision)
