@@ -20,6 +20,8 @@ CLEAN.set_forkserver_preload(
 
 
 def _main(arguments, errors, largest_file):
+    # Where `fcse.training.apart` began the forkserver, that is deaf to Ctrl-C.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for stream, path in ((1, os.devnull), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if largest_file is not None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fcse import statistics
+from fcse import evaluation
 from fcse.data import SentencePairs
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
@@ -27,7 +27,7 @@ def gold():
 @pytest.fixture
 def compare_similarities(monkeypatch):
     """`compare` of encoders that are what they say of the pairs: (n,) floats each."""
-    monkeypatch.setattr(statistics, "pair_similarities", lambda encoder, tasks: [encoder])
+    monkeypatch.setattr(evaluation, "pair_similarities", lambda encoder, tasks: [encoder])
 
     def compared(a, b, gold, *others, **options):
         texts = [""] * len(gold)

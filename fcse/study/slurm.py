@@ -61,6 +61,7 @@ class Slurm(Local):
         self.workers = check_workers(workers) or sys.maxsize
         self._asked, self._submitit = dict(asked), submitit
         self._running: dict[TrainConfig, _Run] = {}
+        self._begun: set[Path] = set()
         self._states: dict[str, str] = {}
         self._looked = float("-inf")
 
@@ -73,6 +74,7 @@ class Slurm(Local):
         there = [self._submitit.SlurmJob(_folder(config), i) for i in ids if not self._end(i)]
         job = there[0] if there else self._submit(call)
         self._running[config] = _Run(call, job, _last_state(config))
+        self._begun.add(config.folder.parent)
 
     def ended(self, config: TrainConfig) -> str | None:
         """None while a run goes on; why it failed, in one line, or nothing once it has ended."""
@@ -102,12 +104,14 @@ class Slurm(Local):
         return reason
 
     def stop(self) -> None:
-        """Cancel all jobs that go on."""
+        """Cancel all jobs that go on, and clear away what is left of the others.
+
+        Some of those ended while no command looked on."""
         if self._running:
             ids = [run.job.job_id for run in self._running.values()]
             subprocess.run(["scancel", *ids], check=False)
-        for config in self._running:
-            shutil.rmtree(_folder(config), ignore_errors=True)
+        for left in (path for runs in self._begun for path in runs.glob("*.job")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _submit(self, call: tuple[TrainConfig, Sequence[str], bool]) -> "SlurmJob[str]":
         executor = self._submitit.SlurmExecutor(_folder(call[0]))
