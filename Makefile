@@ -41,7 +41,7 @@ SLOW := $(filter notebooks/06% notebooks/07%,$(FILES)) $(filter notebooks/%,$(FI
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --nbval $(SLOW) $(filter-out $(SLOW),$(FILES))
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval $(SLOW) $(filter-out $(SLOW),$(FILES))
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

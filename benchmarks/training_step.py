@@ -29,7 +29,7 @@ from fcse import losses
 from fcse.data import MINILM, load_corpus
 from fcse.encoder import SentenceEncoder, speed
 
-ROUNDS, STEPS, BATCH, LENGTH, RATE = 5, 4, 64, 32, 3e-5
+ROUNDS, STEPS, BATCH, LENGTH, RATE = 5, 2, 64, 32, 3e-5
 
 
 def plain_views(encoder, token_ids):

@@ -34,7 +34,6 @@ def test_a_process_has_the_state_of_its_caller_at_that_moment(tmp_path, monkeypa
         print(*said, Path.cwd(), sys.path[0])
 
     output = tmp_path / "output"
-    monkeypatch.delenv("OMP_NUM_THREADS")
     for number in ("1", "2"):
         (tmp_path / number).mkdir()
         monkeypatch.chdir(tmp_path / number)
