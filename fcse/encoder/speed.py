@@ -130,13 +130,16 @@ def _cheap_attention(
 ) -> tuple[Tensor, None]:
     if packing is not None:
         query, key, value = map(packing.grid, (query, key, value))
-    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)
+    heads = query.shape[:2]
+    bias = query.new_zeros(1)
     if attention_mask is not None:
-        scores += attention_mask.to(scores.dtype)
-    weights = scores.softmax(dim=-1)
+        bias = attention_mask.to(query.dtype).expand(*heads, -1, -1).flatten(0, 1)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    scaling = scaling or query.shape[-1] ** -0.5
+    weights = torch.baddbmm(bias, query, key.mT, alpha=scaling).softmax(dim=-1)
     if dropout > 0:
         weights = cheap_dropout(weights, dropout)
-    read = weights @ value
+    read = (weights @ value).unflatten(0, heads)
     return (read.transpose(1, 2) if packing is None else packing.line(read)), None
 
 
