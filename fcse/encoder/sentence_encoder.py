@@ -131,7 +131,8 @@ class SentenceEncoder(nn.Module):
         layer's output (not the embeddings) and the last; the last two.
 
         Args:
-            features: the backbone's inputs; `attention_mask` is (n, L) with 1 on text.
+            features: the backbone's inputs; `attention_mask` is (n, L) with 1 on text. Or what
+                `packing.packed` makes of n sentences.
             layers: how many layers below the last are pooled too, each by itself: its first token
                 for cls, else its mean over tokens.
 
