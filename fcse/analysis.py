@@ -7,7 +7,9 @@ the turn of a margin, see `losses`. A pull is dL/ds of the anchor's own loss: N 
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -289,8 +291,7 @@ def aligned_maps(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value|using precomputed metric")
         try:
-            import umap  # compiles on import, which takes seconds
-
+            umap = _umap()
             if len(distances) == 1:
                 placed = [umap.UMAP(**settings, n_jobs=1).fit_transform(distances[0])]
             else:
@@ -299,6 +300,21 @@ def aligned_maps(
         finally:
             torch.set_num_threads(threads)
     return dict(zip(embeddings, map(np.asarray, placed), strict=True))
+
+
+@cache
+def _umap() -> Any:
+    """UMAP, told to keep on disk what it compiles: later processes draw their first map at once."""
+    import umap
+    from numba.core.dispatcher import Dispatcher
+    from umap import aligned_umap, distances, layouts, umap_, utils
+
+    with suppress(RuntimeError):  # there is no folder to keep it in
+        for module in (aligned_umap, distances, layouts, umap_, utils):
+            for function in vars(module).values():
+                if isinstance(function, Dispatcher) and function.__module__ == module.__name__:
+                    function.enable_caching()
+    return umap
 
 
 def _cosine_distances(x: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,6 +252,14 @@ def test_a_map_leaves_torch_its_number_of_threads():
         [sys.executable, "-c", code], env=os.environ | threads, capture_output=True, text=True
     )
     assert done.stdout == "1\n", done.stderr
+
+
+def test_what_a_map_compiles_is_kept_for_other_processes(models):
+    from umap import layouts
+
+    map_of(next(iter(models.values())))
+    kept = Path(layouts.rdist.stats.cache_path)
+    assert list(kept.glob("layouts.rdist-*.nbc"))
 
 
 def test_a_single_model_gets_a_map_of_its_own(models):

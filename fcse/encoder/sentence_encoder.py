@@ -269,7 +269,7 @@ class SentenceEncoder(nn.Module):
         start = 0
         while start < len(order):
             end = start + batch_size
-            if packs(self.backbone, [token_ids[order[start]]]):
+            if self.device.type == "cpu":
                 tokens = ends[start] - len(token_ids[order[start]]) + 32 * batch_size
                 end = max(start + 1, int(np.searchsorted(ends, tokens, "right")))
             yield order[start:end]
