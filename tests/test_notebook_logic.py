@@ -14,7 +14,9 @@ from fcse.encoder.detection import Detection, Unigrams, practise
 from fcse.evaluation import judge
 from fcse.losses import gradient_weights
 from fcse.study import findings
-from fcse.study.embedded import histories, scores_of, trajectories
+from fcse.study.embedded import histories, pick_runs, scores_of, trajectories
+from fcse.study.grid import SCORES
+from fcse.training import train
 
 
 @pytest.fixture
@@ -55,10 +57,24 @@ def test_trajectories_are_the_scorings_on_lee(runs):
     assert list(path["score"]) == [40.0, 41.0, 42.0, 40.0]
 
 
-def test_scores_of_is_the_evaluation_of_each_encoder(minilm):
-    table = scores_of({"untrained": minilm}, [data.load_lee()])
-    assert list(table[["encoder", "task"]].iloc[0]) == ["untrained", "Lee"]
-    assert table["score"].item() == pytest.approx(judge(minilm, data.load_lee())["spearman"])
+def test_scores_of_an_encoder_leave_no_trace_and_those_of_a_run_are_kept(
+    tiny_config, tiny_model, tmp_path, monkeypatch
+):
+    lee, chosen = data.load_lee(), pick_runs(tiny_model("bert"))
+    (row,) = scores_of(chosen, [lee]).to_dict("records")
+    (run,) = chosen.values()
+    expected = judge(run.encoder, lee)
+    expected = {"score": expected.pop("spearman")} | expected
+    assert row == {"encoder": "chosen encoder", "task": "Lee"} | expected
+    assert not (run.folder / SCORES).exists()
+
+    run = train(tiny_config(tmp_path / "run", steps=2))
+    table = scores_of({"InfoNCE": run}, [lee])
+    assert list(table["encoder"]) == ["untrained", "InfoNCE"]
+    by_hand = [judge(e, lee)["spearman"] for e in (run.encoder_at(0), run.encoder)]
+    assert table["score"].tolist() == pytest.approx(by_hand)
+    monkeypatch.setattr(SentenceEncoder, "encode", None)  # nothing is left to encode
+    pd.testing.assert_frame_equal(scores_of({"InfoNCE": run}, [lee]), table)
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 3), (64, 64), (18_836, 1_200)])

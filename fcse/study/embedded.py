@@ -1,6 +1,7 @@
 """The embedded study: both objectives trained, scored and drawn; what is done is reused."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,13 +81,27 @@ def trajectories(runs: Mapping[str, TrainResult]) -> pd.DataFrame:
     return table[["name", "step", "alignment", "uniformity", "score"]].reset_index(drop=True)
 
 
-def scores_of(encoders: Mapping[str, SentenceEncoder], tasks: list[SentencePairs]) -> pd.DataFrame:
-    """Every encoder on every task: columns "encoder", "task", "score" (100 x Spearman)."""
-    return pd.DataFrame(
-        {"encoder": name, "task": pairs.name, "score": found["spearman"]}
-        for name, encoder in encoders.items()
-        for pairs, found in zip(tasks, judge_tasks(encoder, tasks), strict=True)
-    )
+def scores_of(runs: Mapping[str, TrainResult], tasks: Sequence[SentencePairs]) -> pd.DataFrame:
+    """Where training began and where it led, on every task, see `with_untrained`.
+
+    What was scored once is read from the runs' folders, or from beside them.
+
+    Returns: One row a score: columns "encoder" (untrained, or a name of `runs`), "task", "score"
+    (100 x Spearman), "alignment", "uniformity". InputError: as in `report.judged`."""
+    rows = []
+    for name, encoder in with_untrained(runs).items():
+        if name in runs:
+            run, path = runs[name], runs[name].folder / SCORES
+        else:
+            run = next(iter(runs.values()))
+            start = run.record["weights"]["first"][:8]
+            path = run.folder.with_name(f"untrained-{start}.json")
+        if run.steps == [0] or not os.access(path.parent, os.W_OK):  # nobody's folder to write to
+            found = {t.name: x for t, x in zip(tasks, judge_tasks(encoder, tasks), strict=True)}
+        else:
+            found = judged(encoder, tasks, path)
+        rows += [{"encoder": name, "task": task} | scores for task, scores in found.items()]
+    return pd.DataFrame(rows).rename(columns={"spearman": "score"})
 
 
 def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame, Path]:
@@ -101,17 +116,8 @@ def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame
     folder = folder or data.runs_folder() / "study"
     plots.make_folder(folder)
     runs = train_objectives(config)
-    first = next(iter(runs.values()))
-    untrained, tasks = first.encoder_at(0), judged_tasks()
-    start = first.record["weights"]["first"][:8]
-    encoders = [("untrained", untrained, first.folder.with_name(f"untrained-{start}.json"))]
-    encoders += [(name, run.encoder, run.folder / SCORES) for name, run in runs.items()]
-    rows = [
-        {"encoder": name, "task": task, **scores}
-        for name, encoder, path in encoders
-        for task, scores in judged(encoder, tasks, path).items()
-    ]
-    table = pd.DataFrame(rows).rename(columns={"spearman": "score"})
+    table = scores_of(runs, judged_tasks())
+    untrained = next(iter(runs.values())).encoder_at(0)
     draw(table, runs, untrained, folder)
     return table, folder
 
