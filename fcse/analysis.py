@@ -307,10 +307,10 @@ def _umap() -> Any:
     """UMAP, told to keep on disk what it compiles: later processes draw their first map at once."""
     import umap
     from numba.core.dispatcher import Dispatcher
-    from umap import aligned_umap, distances, layouts, umap_, utils
+    from umap import aligned_umap, layouts, umap_, utils
 
     with suppress(RuntimeError):  # there is no folder to keep it in
-        for module in (aligned_umap, distances, layouts, umap_, utils):
+        for module in (aligned_umap, layouts, umap_, utils):
             for function in vars(module).values():
                 if isinstance(function, Dispatcher) and function.__module__ == module.__name__:
                     function.enable_caching()

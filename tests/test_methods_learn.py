@@ -53,8 +53,7 @@ def test_a_short_run_agrees_more_with_people(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FCSE_SENTEVAL")  # else the run scores every pair twice, on its own
     short = replace(recipe("minilm-short"), steps=8, eval_steps=8, learning_rate=1e-4)
-    short = replace(short, score_precision="auto")
-    settings = {"objective": objective, "corpus": str(corpus)}
+    settings = {"objective": objective, "corpus": str(corpus), "score_precision": "auto"}
     for name in objective.split("+"):
         settings |= FITTING.get(name, {})
     config = configured(short, settings)

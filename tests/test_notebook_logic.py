@@ -77,6 +77,13 @@ def test_scores_of_an_encoder_leave_no_trace_and_those_of_a_run_are_kept(
     pd.testing.assert_frame_equal(scores_of({"InfoNCE": run}, [lee]), table)
 
 
+def test_untrained_scores_are_those_of_the_runs_own_pooling(tiny_config, tmp_path):
+    for pooling in ("cls", "mean"):
+        run = train(tiny_config(tmp_path / pooling, steps=2, pooling=pooling))
+        untrained = scores_of({"InfoNCE": run}, [data.load_lee()])["score"][0]
+        assert untrained == pytest.approx(judge(run.encoder_at(0), data.load_lee())["spearman"])
+
+
 @pytest.mark.parametrize(("n", "size"), [(10, 3), (64, 64), (18_836, 1_200)])
 def test_spread_takes_evenly_spaced_items_from_all_over(n, size):
     rows = data.spread(range(n), size)

@@ -226,7 +226,8 @@ class SentenceEncoder(nn.Module):
 
         Args:
             sentences: n texts.
-            batch_size: how many long sentences make a batch; of short ones more, 32 tokens each.
+            batch_size: how many sentences make a batch; on a CPU more of short ones and fewer of
+                long ones, 32 tokens each.
             normalize: to unit length.
             precision: float32, bf16, or auto. In bf16 an embedding of the packaged encoder has a
                 cosine above 1 - 5e-5 with that in float32.

@@ -11,7 +11,7 @@ from fcse import analysis, data, plots
 from fcse.config import TrainConfig
 from fcse.data import SentencePairs
 from fcse.encoder.sentence_encoder import SentenceEncoder
-from fcse.evaluation import judge_tasks, judged_pairs, score
+from fcse.evaluation import judged_pairs, score
 from fcse.recipes import RECIPES, recipe
 from fcse.study.grid import SCORES
 from fcse.study.published import SIMCSE_50_SEEDS
@@ -88,20 +88,24 @@ def scores_of(runs: Mapping[str, TrainResult], tasks: Sequence[SentencePairs]) -
 
     Returns: One row a score: columns "encoder" (untrained, or a name of `runs`), "task", "score"
     (100 x Spearman), "alignment", "uniformity". InputError: as in `report.judged`."""
-    rows = []
-    for name, encoder in with_untrained(runs).items():
-        if name in runs:
-            run, path = runs[name], runs[name].folder / SCORES
-        else:
-            run = next(iter(runs.values()))
-            start = run.record["weights"]["first"][:8]
-            path = run.folder.with_name(f"untrained-{start}.json")
-        if run.steps == [0] or not os.access(path.parent, os.W_OK):  # nobody's folder to write to
-            found = {t.name: x for t, x in zip(tasks, judge_tasks(encoder, tasks), strict=True)}
-        else:
-            found = judged(encoder, tasks, path)
-        rows += [{"encoder": name, "task": task} | scores for task, scores in found.items()]
+    rows = [
+        {"encoder": name, "task": task} | scores
+        for name, encoder in with_untrained(runs).items()
+        for task, scores in judged(encoder, tasks, _kept_in(runs, name)).items()
+    ]
     return pd.DataFrame(rows).rename(columns={"spearman": "score"})
+
+
+def _kept_in(runs: Mapping[str, TrainResult], name: str) -> Path | None:
+    """The file of an encoder's scores; None where that is nobody's folder to write to."""
+    if name in runs:
+        run = runs[name]
+        path = run.folder / SCORES
+    else:
+        run = next(run for run in runs.values() if run.steps != [0])
+        start = f"{run.record['weights']['first'][:8]}-{run.encoder.pooling}"
+        path = run.folder.with_name(f"untrained-{start}.json")
+    return path if run.steps != [0] and os.access(path.parent, os.W_OK) else None
 
 
 def study(config: TrainConfig, folder: Path | None = None) -> tuple[pd.DataFrame, Path]:

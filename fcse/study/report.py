@@ -88,15 +88,16 @@ def score_runs(runs: pd.DataFrame, tasks: Sequence[SentencePairs]) -> pd.DataFra
 def judged(
     encoder: "SentenceEncoder | Path",
     tasks: Sequence[SentencePairs],
-    path: Path,
+    path: Path | None,
     precision: Precision = "float32",
 ) -> dict[str, dict[str, float]]:
     """`judge_tasks` by the tasks' names; what `path` holds already is not computed again.
 
     An encoder may be the folder of a run, loaded only where something is left to compute. path: a
-    JSON file, made or extended. InputError: it is no valid JSON or cannot be written."""
+    JSON file, made or extended; None keeps nothing. InputError: it is no valid JSON or cannot be
+    written."""
     try:
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = json.loads(path.read_text()) if path is not None and path.is_file() else {}
         missing = [pairs for pairs in tasks if pairs.name not in known]
         if missing:
             from fcse.encoder.sentence_encoder import SentenceEncoder
@@ -106,8 +107,9 @@ def judged(
                 encoder = SentenceEncoder.from_pretrained(encoder)
             scores = judge_tasks(encoder, missing, precision)
             known |= {pairs.name: s for pairs, s in zip(missing, scores, strict=True)}
-            with replacing(path) as partial:
-                partial.write_text(json.dumps(known, indent=1) + "\n")
+            if path is not None:
+                with replacing(path) as partial:
+                    partial.write_text(json.dumps(known, indent=1) + "\n")
     except json.JSONDecodeError:
         raise InputError(f"{path} is no valid JSON: delete it to score again") from None
     except OSError as error:
