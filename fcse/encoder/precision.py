@@ -1,5 +1,9 @@
-"""Which precision pays on which machine."""
+"""Which precision pays on which machine, and what that machine is."""
 
+import platform
+import re
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -34,3 +38,20 @@ def resolve_precision(precision: Precision, device: "torch.device | None" = None
 
     device = device or torch.accelerator.current_accelerator(check_available=True)
     return "bf16" if bf16_units(device or torch.device("cpu")) else "float32"
+
+
+def hardware(device: "torch.device") -> str:
+    """What computes, in words: a GPU by its name, a processor with its bf16 units and threads.
+
+    Runs repeat to the last bit where these words are the same."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor()
+    with suppress(OSError):
+        said = Path("/proc/cpuinfo").read_text()
+        name = next(iter(re.findall(r"^model name\s*: (.*)$", said, re.M)), name)
+    threads = torch.get_num_threads()
+    units = bf16_units(device) or "no bf16 units"
+    return f"{name or device.type}, {units}, {threads} thread{'s'[: threads > 1]}"

@@ -17,7 +17,7 @@ from fcse import losses, processes
 from fcse.config import TrainConfig
 from fcse.data import corpus_reader
 from fcse.encoder import speed
-from fcse.encoder.precision import Precision, resolve_precision
+from fcse.encoder.precision import Precision, hardware, resolve_precision
 from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
 from fcse.errors import InputError
 from fcse.evaluation import judged_pairs, score
@@ -215,6 +215,7 @@ def _log(folder: RunFolder, first: bool, **numbers: float) -> None:
 def _finish(folder: RunFolder, run: _Run, progress: Progress) -> None:
     folder.finish(
         device=str(run.encoder.device),
+        hardware=hardware(run.encoder.device),
         precision=run.precision,
         processes=progress.processes,
         wall_time_s=round(progress.wall_time_s, 1),
