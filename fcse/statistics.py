@@ -160,7 +160,25 @@ def seeds_needed(difference: float, sd: float, power: float = 0.8, confidence: f
     that is not above 0, the difference is 0, or 10,000 seeds are too few."""
     effect = abs(difference) / sd if sd > 0 else 0
     for n in range(2, 10_001) if effect else ():
-        limit = scipy.stats.t.isf((1 - confidence) / 2, n - 1)
-        if scipy.stats.nct.sf(limit, n - 1, effect * n**0.5) >= power:
+        if _power(effect, n, confidence) >= power:
             return n
     raise InputError(f"no 10,000 seeds show a difference of {difference} with an sd of {sd}")
+
+
+def detectable(sd: float, n: int, power: float = 0.8, confidence: float = 0.95) -> float:
+    """The smallest true difference that a paired t test over n seeds sees with that probability.
+
+    `seeds_needed` the other way round: sd is that of the paired differences. InputError: n < 2."""
+    if n < 2:
+        raise InputError(f"{n} seed cannot show a difference: run at least 2")
+
+    def short(effect: float) -> float:
+        return _power(effect, n, confidence) - power
+
+    return sd * float(scipy.optimize.brentq(short, 0, 100))
+
+
+def _power(effect: float, n: int, confidence: float) -> float:
+    """The probability that a paired t test over n seeds shows a difference of `effect` sd."""
+    limit = scipy.stats.t.isf((1 - confidence) / 2, n - 1)
+    return float(scipy.stats.nct.sf(limit, n - 1, effect * n**0.5))

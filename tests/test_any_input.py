@@ -93,7 +93,9 @@ def test_any_settings(changes):
 
 @HUNDREDS
 @given(
-    st.sampled_from(["train", "evaluate", "compare", "report", "import", "study", "doctor", ""]),
+    st.sampled_from(
+        ["train", "evaluate", "compare", "report", "import", "study", "repeat", "doctor", ""]
+    ),
     st.lists(
         st.one_of(
             WORDS,
@@ -112,6 +114,7 @@ def test_any_arguments(command, arguments):
         "report": ["no/such/folder"],
         "import": ["no/such/checkpoint", "no/such/output"],
         "study": ["--figures=/dev/null/figures"],
+        "repeat": ["no/such/table.csv", "no-such-run"],
         "doctor": ["--no-such-flag"],
     }
     with pytest.raises(SystemExit) as stop:

@@ -63,7 +63,10 @@ def tree(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-COMMANDS = ["train", "evaluate", "compare", "report", "import", "study", "findings", "doctor"]
+COMMANDS = [
+    *("train", "evaluate", "compare", "report", "import"),
+    *("study", "repeat", "findings", "doctor"),
+]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

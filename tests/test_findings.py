@@ -36,7 +36,11 @@ def row(objective, seed, lift=0.0, **settings):
     noise = np.random.default_rng([seed, len(config.corpus)]).normal(size=9)
     own = np.random.default_rng([seed, *config.name.encode()]).normal(size=9) / 4
     scores = zip((*STS_TASKS, "Lee", DEV), 70 + noise + own + lift, strict=True)
-    return {"run": f"{objective}-seed{seed}", "name": config.name} | config.settings | dict(scores)
+    return (
+        {"run": f"{objective}-seed{seed}", "contestant": config.name}
+        | config.settings
+        | dict(scores)
+    )
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ HALF = "Focal-InfoNCE (modulate=positive)"
 
 def test_rows_are_named_by_their_loss_and_have_the_mean_of_the_tasks(comparison):
     table = read_study(comparison)
-    assert set(table["name"]) == {PLAIN, COLD, FOCAL, HALF}
+    assert set(table["contestant"]) == {PLAIN, COLD, FOCAL, HALF}
     first = table.iloc[0]
     assert first["avg"] == pytest.approx(sum(first[task] for task in STS_TASKS) / 7)
 
@@ -105,10 +109,10 @@ def test_contrasts_are_paired_and_corrected(comparison):
     found = contrasts(table, compared=[*compared, (PLAIN, "Hardness-InfoNCE")])
     assert len(found) == 2 * 2 * 3  # nobody ran the hardness weight
     for (score, corpus), family in found.groupby(["score", "corpus"]):
-        rows = table[table["corpus"] == corpus].set_index(["name", "seed"])[score]
+        rows = table[table["corpus"] == corpus].set_index(["contestant", "seed"])[score]
         assert family["p_holm"].tolist() == pytest.approx(holm(family["p"]))
         for line in family.itertuples():
-            a, b = rows[line.baseline].sort_index(), rows[line.name].sort_index()
+            a, b = rows[line.baseline].sort_index(), rows[line.contestant].sort_index()
             difference = b - a
             test = scipy.stats.ttest_1samp(difference, 0)
             assert line.seeds == len(SEEDS)
@@ -117,9 +121,11 @@ def test_contrasts_are_paired_and_corrected(comparison):
             assert line.p == pytest.approx(test.pvalue)
             assert (line.low, line.high) == pytest.approx(tuple(test.confidence_interval()))
             assert line.effect == pytest.approx(test.statistic / len(SEEDS) ** 0.5)
-    focal = found[(found["name"] == FOCAL) & (found["score"] == "avg")]
+    focal = found[(found["contestant"] == FOCAL) & (found["score"] == "avg")]
     assert (focal["p_holm"] < 0.05).all()
-    pd.testing.assert_frame_equal(contrasts(table), contrasts(table, compared=pairs(table["name"])))
+    pd.testing.assert_frame_equal(
+        contrasts(table), contrasts(table, compared=pairs(table["contestant"]))
+    )
 
 
 KINDS = ("info_nce", "focal_info_nce", "sscl", "focal_info_nce+sscl", "ifnd")
@@ -133,7 +139,7 @@ def methods(write):
 def test_interactions_are_differences_of_paired_gains(methods):
     (found,) = findings.interactions(methods, ["Lee"]).itertuples()  # ifnd ran alone only
     plain, focal, alone, both = (
-        methods[methods["name"] == name].sort_values("seed")["Lee"].to_numpy()
+        methods[methods["contestant"] == name].sort_values("seed")["Lee"].to_numpy()
         for name in (PLAIN, FOCAL, "InfoNCE + SSCL", "Focal-InfoNCE + SSCL")
     )
     test = scipy.stats.ttest_1samp((both - focal) - (alone - plain), 0)
@@ -148,7 +154,7 @@ def test_methods_stand_in_one_row_without_and_with_the_modulation(methods):
     gains = contrasts(methods, ["Lee"])
     table = findings.without_and_with(gains)
     assert list(table.index) == [FOCAL, "IFND", "SSCL"]
-    texts = findings.written(gains).set_axis([gains["baseline"], gains["name"]])
+    texts = findings.written(gains).set_axis([gains["baseline"], gains["contestant"]])
     assert table["Lee", PLAIN].to_dict() == {
         FOCAL: texts[PLAIN, FOCAL],
         "IFND": texts[PLAIN, "InfoNCE + IFND"],
@@ -176,18 +182,21 @@ def test_the_setting_with_the_best_mean_is_chosen(write):
     ]
     table = read_study(write("learning_rate", rows))
     found = chosen(table, ["learning_rate"])
-    assert dict(zip(found["name"], found["learning_rate"], strict=True)) == {
+    assert dict(zip(found["contestant"], found["learning_rate"], strict=True)) == {
         PLAIN: 1e-4,
         FOCAL: 5e-5,
     }
-    assert list(found["name"]) == [PLAIN, FOCAL]
+    assert list(found["contestant"]) == [PLAIN, FOCAL]
     for best in found.itertuples():
-        same = table[(table["name"] == best.name) & (table["learning_rate"] == best.learning_rate)]
+        same = table[
+            (table["contestant"] == best.contestant)
+            & (table["learning_rate"] == best.learning_rate)
+        ]
         assert best.seeds == 2
         assert found.loc[best.Index, DEV] == pytest.approx(same[DEV].mean())
 
 
-@pytest.mark.parametrize("by", ["name", "objective"])
+@pytest.mark.parametrize("by", ["contestant", "objective"])
 def test_means_keep_what_a_loss_does_not_have(by, write):
     rows = [
         row(objective, seed, temperature=tau)
@@ -200,7 +209,7 @@ def test_means_keep_what_a_loss_does_not_have(by, write):
     assert (
         list(found[by])
         == {
-            "name": [PLAIN, FOCAL, "Focal-InfoNCE (temperature=0.03)", COLD],
+            "contestant": [PLAIN, FOCAL, "Focal-InfoNCE (temperature=0.03)", COLD],
             "objective": ["info_nce"] * 2 + ["focal_info_nce"] * 2,
         }[by]
     )
@@ -307,7 +316,7 @@ def test_along_training_the_run_s_own_loss_is_measured_with_its_methods(run, tin
     found = findings.along_training(replace(run, config=config), batches)
     assert list(found["step"]) == [0, 1, 2]
     assert set(found["seed"]) == {0}
-    assert set(found["name"]) == {config.name}
+    assert set(found["contestant"]) == {config.name}
     assert "AdapACSE (margin=0.3, teacher=" in config.name
 
     teacher = SentenceEncoder.from_pretrained(tiny_model("roberta"), "mean")
@@ -352,7 +361,7 @@ def test_a_study_is_taken_over_and_drawn(tiny_config, tmp_path, comparison, caps
     assert "p_holm" in capsys.readouterr().out
     along = pd.read_csv(study / "along_training.csv")
     assert along["step"].tolist() == [0, 1, 2, 3, 4] * 2
-    plain = along[along["name"] == "InfoNCE"]
+    plain = along[along["contestant"] == "InfoNCE"]
     assert plain["effective_temperature"].to_numpy() == pytest.approx(0.05)
     figures = {"gains.svg", "along_training.svg", "published.svg"}
     assert {path.name for path in study.glob("*.svg")} == figures
@@ -386,12 +395,12 @@ def test_every_picture_says_what_it_shows(write, comparison):
     found = draw(folder)
     names = {"chosen", "learning_rate", "surface", "batch_size", "contrasts", "methods"}
     assert set(found) == names
-    best = found["chosen"].set_index("name")["learning_rate"]
+    best = found["chosen"].set_index("contestant")["learning_rate"]
     assert set(best.index) == {PLAIN, FOCAL, "InfoNCE + SSCL"}
     assert best["InfoNCE + SSCL"] == 5e-5
     assert set(found["surface"]["objective"]) == {"info_nce", "focal_info_nce"}
     assert set(found["contrasts"]["corpus"]) == {"wiki-mini", "other.txt", "third.txt"}
-    compared = found["methods"].groupby("score", sort=False)[["baseline", "name"]]
+    compared = found["methods"].groupby("score", sort=False)[["baseline", "contestant"]]
     assert [(score, rows.to_numpy().tolist()) for score, rows in compared] == [
         (score, [[PLAIN, FOCAL], [PLAIN, "InfoNCE + IFND + SSCL"], [PLAIN, "InfoNCE + SSCL"],
                  [FOCAL, "Focal-InfoNCE + SSCL"]])
@@ -409,10 +418,10 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
     with one_line_refusal("holds none of the grids"):
         findings.take_over(tmp_path, tmp_path)
     for content, said in (
-        ("a,b\n1,2\n", "it has no column name"),
+        ("a,b\n1,2\n", "it has no column contestant"),
         ("a\n1,2\n1,2,3\n1,2,3,4\n", "tokenizing"),
         ("", "No columns"),
-        ("run,variant,m\na,positive,0.3\n", "made before .* had names: run the grid again$"),
+        ("run,variant,m\na,positive,0.3\n", "made by a version before 0.2.0: run the grid again$"),
     ):
         (tmp_path / "comparison.csv").write_text(content)
         with one_line_refusal(f"comparison.csv is no table of a study: .*{said}"):
@@ -420,6 +429,6 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
     with one_line_refusal("is no table of a study"):
         read_study(tmp_path / "nowhere.csv")
     (tmp_path / "comparison.csv").unlink()
-    (tmp_path / "along_training.csv").write_text("contestant,step\nfocal_info_nce,0\n")
-    with one_line_refusal("along_training.csv .* made before losses had names"):
+    (tmp_path / "along_training.csv").write_text("name,step\nInfoNCE,0\n")
+    with one_line_refusal("along_training.csv .* made by a version before 0.2.0"):
         draw(tmp_path)

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from fcse.methods.cards import CARDS
 from fcse.methods.core_tuning import CoreTuning
 from fcse.methods.diffcse import DiffCSE
 from fcse.methods.ifnd import IFND
+from fcse.methods.schedule import FOCAL, Schedule
 from fcse.methods.sscl import SSCL
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
 from fcse.study.grid import read_grid
@@ -33,6 +34,7 @@ AUTHORS = {
     "adap_acse": AdapACSE(margin=0.05),
     "ifnd": IFND(acceptance=0.5),
     "core_tuning": CoreTuning(focal_weight=True, mixing=True),
+    "schedule": Schedule(FOCAL),
 }
 """What each name stands for."""
 OFF = {
@@ -42,6 +44,7 @@ OFF = {
     "adap_acse": {"adap_acse.margin": 0, "adap_acse.teacher": "somewhere/else"},
     "ifnd": {"ifnd.acceptance": 0},
     "core_tuning": {"core_tuning.focal_weight": False, "core_tuning.mixing": False},
+    "schedule": {"schedule.temperatures": ""},
 }
 TOGETHER = (SSCL(2), CARDS(3), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""
@@ -228,6 +231,30 @@ def test_lower_layers_go_through_the_same_head(made):
                     torch.testing.assert_close(lower[i, view + layer - 1], expected)
 
 
+def test_a_schedule_gives_each_step_its_temperature(made, config, tmp_path):
+    _, _, acting, _ = made(Schedule("0.02 0.08 0.05"), steps=8)
+    laid = [acting["schedule"].objective(step, FocalInfoNCE(m=0.1)) for step in range(1, 9)]
+    assert {(each.m, type(each)) for each in laid} == {(0.1, FocalInfoNCE)}
+    expected = np.interp(range(8), [0, 4, 8], [0.02, 0.08, 0.05])
+    assert [each.temperature for each in laid] == pytest.approx(expected)
+    at = replace(config, objective=InfoNCE(0.07))
+    plain = train(elsewhere(at, tmp_path, "plain"))
+    level = train(elsewhere(config, tmp_path, "level", methods=(Schedule("0.07"),)))
+    assert level.losses == plain.losses
+    assert level.record["weights"] == plain.record["weights"]
+    assert level.config.name == "InfoNCE + temperature schedule (temperatures=0.07)"
+
+
+def test_a_schedule_needs_a_temperature(config):
+    @dataclass(frozen=True)
+    class Bare:
+        def logits(self, sim, positives):
+            return 20 * sim
+
+    with one_line_refusal(r"schedule\.temperatures beside Bare, which has no temperature"):
+        replace(config, objective=Bare(), methods=(Schedule(),))
+
+
 def test_the_loss_with_lower_layers_is_the_mean_of_two(made):
     encoder, _, acting, batch = made(SSCL(1))
     encoder.eval()
@@ -274,6 +301,8 @@ def test_what_cannot_be_is_one_line(config, method, message):
         ({"ifnd.acceptance": 1.5}, r"ifnd\.acceptance must lie between 0 and 1"),
         ({"adap_acse.margin": 2.0}, r"adap_acse\.margin must be .* of at least 0 and below 1\.57"),
         ({"sscl.layers": -1}, r"sscl\.layers must be .* of at least 0"),
+        ({"schedule.temperatures": "0.1 x"}, r"schedule\.temperatures must be numbers joined by"),
+        ({"schedule.temperatures": "0.1 0"}, "temperature must be a finite number above 0, got 0"),
         ({"sscl.layer": 1}, r"unknown key 'sscl\.layer': did you mean layers\?"),
         ({"sscl.layers": "one"}, r"sscl\.layers must be a whole number, got 'one'"),
         ({"no_such.setting": 1}, "unknown method 'no_such': choose from adap_acse, cards"),
@@ -313,7 +342,11 @@ def old(config, objective, **changes):
 @pytest.mark.parametrize(
     ("record", "objective", "on"),
     [
-        *(({"objective": name}, InfoNCE(), (value,)) for name, value in AUTHORS.items()),
+        *(
+            ({"objective": name}, InfoNCE(), (value,))
+            for name, value in AUTHORS.items()
+            if name != "schedule"
+        ),
         ({"objective": "info_nce"}, InfoNCE(), ()),
         ({"objective": "focal_info_nce", "m": 0.1, "alpha": 2.0}, FocalInfoNCE(m=0.1), ()),
         ({"objective": "hardness_info_nce", "alpha": 2.0}, HardnessInfoNCE(alpha=2.0), ()),

@@ -15,7 +15,7 @@ from fcse.evaluation import judge
 from fcse.losses import gradient_weights
 from fcse.study import findings
 from fcse.study.embedded import histories, pick_runs, scores_of, trajectories
-from fcse.study.grid import SCORES
+from fcse.study.tables import SCORES
 from fcse.training import train
 
 
@@ -109,7 +109,7 @@ def gains():
         ("one", "InfoNCE", "Hardness-InfoNCE", -0.5, 0.01),
         ("two", "InfoNCE", "Hardness-InfoNCE", -0.1, 0.04),
     ]
-    return pd.DataFrame(rows, columns=["corpus", "baseline", "name", "difference", "p_holm"])
+    return pd.DataFrame(rows, columns=["corpus", "baseline", "contestant", "difference", "p_holm"])
 
 
 def test_shown_asks_for_the_sign_and_for_a_corrected_p(gains):

@@ -62,7 +62,7 @@ GAINS = pd.DataFrame(
             ("Focal-InfoNCE", "Focal-InfoNCE + SSCL", 1.0),
         )
     ],
-    columns=["score", "corpus", "baseline", "name", "difference", "low", "high"],
+    columns=["score", "corpus", "baseline", "contestant", "difference", "low", "high"],
 )
 TAUS, SHIFTS = (0.03, 0.05, 0.055, 0.1), (0.0, 0.3)
 SURFACE = pd.DataFrame(
@@ -76,7 +76,7 @@ RATES = pd.DataFrame(
         for loss, scores in (("InfoNCE", (70.5, 71)), ("Focal-InfoNCE", (72, 71.25)))
         for rate, score in zip((3e-5, 1e-4), scores, strict=True)
     ],
-    columns=["name", "learning_rate", "score", "low", "high"],
+    columns=["contestant", "learning_rate", "score", "low", "high"],
 )
 ALONG = pd.DataFrame(
     [
@@ -85,7 +85,7 @@ ALONG = pd.DataFrame(
         for seed in (0, 1)
         for step in (0, 5, 10)
     ],
-    columns=["name", "seed", "step", *plots.seeds.ALONG],
+    columns=["contestant", "seed", "step", *plots.seeds.ALONG],
 )
 FIGURES = {
     "gains": lambda: plots.gains(GAINS, "tiny, 8 sentences"),
@@ -224,7 +224,7 @@ def test_gains_are_drawn_with_their_intervals_in_the_line_of_their_pair():
             assert point.get_xdata() == [row.difference]
             assert span == pytest.approx((row.low, row.high))
             assert round(y) == row.Index % 3
-            assert point.get_color() == plots.style(row.name).colour
+            assert point.get_color() == plots.style(row.contestant).colour
             assert point.get_marker() == plots.style(row.name).marker
             hollow = to_hex(point.get_markerfacecolor()) == "#ffffff"
             assert hollow == (row.name == "InfoNCE (temperature=0.03)")
@@ -238,7 +238,7 @@ def test_gains_are_drawn_with_their_intervals_in_the_line_of_their_pair():
 
 def test_contrasts_of_real_rows_are_drawn():
     rows = [
-        {"name": loss, "seed": seed, "corpus": "c", "Lee": 50 + (seed - 1) * lift}
+        {"contestant": loss, "seed": seed, "corpus": "c", "Lee": 50 + (seed - 1) * lift}
         for loss, lift in (("InfoNCE", 0), ("Focal-InfoNCE", 1), ("Mine (a=2)", 2))
         for seed in range(4)
     ]
@@ -282,7 +282,7 @@ def test_a_score_against_a_setting_has_a_line_a_loss_and_the_span_of_its_seeds()
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3e-05", "0.0001"]
-    losses = list(RATES.groupby("name", sort=False))
+    losses = list(RATES.groupby("contestant", sort=False))
     for (loss, rows), line, span in zip(losses, axes.lines, axes.collections, strict=True):
         np.testing.assert_array_equal(line.get_xydata(), rows[["learning_rate", "score"]])
         assert (line.get_color(), line.get_marker()) == plots.style(loss)[:2]
@@ -298,7 +298,7 @@ def test_a_score_against_a_setting_has_a_line_a_loss_and_the_span_of_its_seeds()
 
 def test_means_of_real_rows_are_drawn_in_the_order_of_losses():
     rows = [
-        {"name": loss, "batch_size": size, "seed": seed, "Lee": 50 + seed}
+        {"contestant": loss, "batch_size": size, "seed": seed, "Lee": 50 + seed}
         for loss in ("Mine", "Focal-InfoNCE", "InfoNCE", "InfoNCE + SSCL")
         for size in (16, 64)
         for seed in (0, 1)
@@ -317,7 +317,7 @@ def test_along_training_every_seed_has_a_line_and_each_loss_their_mean():
         assert axes.get_ylim()[0] == 0
         factor = 100 if "%" in label else 1
         lines = iter(axes.lines)
-        for loss, rows in ALONG.groupby("name", sort=False):
+        for loss, rows in ALONG.groupby("contestant", sort=False):
             by_step = factor * rows.pivot_table(index="step", columns="seed", values=column)
             *seeds, mean = (next(lines) for _ in range(3))
             np.testing.assert_allclose(np.transpose([x.get_ydata() for x in seeds]), by_step)

@@ -97,7 +97,7 @@ def test_table_of_contrasts(contrasts):
     # A column a score and corpus, in the order of the table.
     columns = [
         rows.assign(
-            names=rows["name"] + " − " + rows["baseline"],
+            names=rows["contestant"] + " − " + rows["baseline"],
             written=findings.written(rows),
         ).set_index("names")["written"]
         for _, rows in contrasts.groupby(["score", "corpus"], sort=False)
@@ -134,10 +134,10 @@ TUNED = "InfoNCE (temperature=0.025)"
 def test_each_has_the_learning_rate_chosen_for_it(table):
     study = findings.STUDY
     searched = findings.read_study(*(study / f"{rates}.csv" for rates in findings.RATES))
-    chosen = findings.chosen(searched, ["learning_rate"]).set_index("name")["learning_rate"]
+    chosen = findings.chosen(searched, ["learning_rate"]).set_index("contestant")["learning_rate"]
     used = findings.read_study(study / f"{table}.csv")
     assert not set(used["seed"]) & set(searched["seed"])
-    for name, rates in used.groupby("name")["learning_rate"]:
+    for name, rates in used.groupby("contestant")["learning_rate"]:
         assert name in chosen or "IFND" in name or name == TUNED
         baseline = "InfoNCE" if name == TUNED else findings.alone(name)
         assert set(rates) == {chosen[name if name in chosen else baseline]}
@@ -154,10 +154,10 @@ def test_what_is_said_of_methods(method_rows, method_gains):
     says_no_other_number("### Which of them help", expected)
 
     told = method_gains[method_gains["p_holm"] < 0.05].set_index("score")
-    gained = told[told["difference"] > 0]["name"]
+    gained = told[told["difference"] > 0]["contestant"]
     assert list(gained["STSBenchmark":"STSBenchmark"]) == ["Focal-InfoNCE"]
     assert list(gained["Lee":"Lee"]) == ["Focal-InfoNCE + Core-tuning"]
-    found = method_gains.set_index(["score", "name"])["difference"]
+    found = method_gains.set_index(["score", "contestant"])["difference"]
     assert found["STSBenchmark"].idxmin() == "InfoNCE + Core-tuning"
     cards = {name for name in found["Lee"].index if "CARDS" in name}
     assert set(found["Lee"].nsmallest(len(cards)).index) == cards  # "CARDS loses most"
@@ -171,21 +171,21 @@ def test_what_is_said_of_methods(method_rows, method_gains):
     assert without < beside < 0
     found = findings.interactions(method_rows, ["STSBenchmark"]).set_index("method")
     assert set(found.index[found["p_holm"] < 0.05]) == {"CARDS", "Core-tuning"}
-    times = method_rows.groupby("name")["wall_time_s"].mean()
+    times = method_rows.groupby("contestant")["wall_time_s"].mean()
     ifnd = times["InfoNCE + IFND (cluster_steps=9)"]
     assert 8 < ifnd / times["InfoNCE"] < 12  # "ten times as slow"
 
 
 def test_what_is_said_of_the_study(rows, contrasts):
     (steps,), (size,) = rows["steps"].unique(), rows["batch_size"].unique()
-    by_name = rows.groupby("name")
+    by_name = rows.groupby("contestant")
     rates = by_name["learning_rate"].first()
     assert by_name["learning_rate"].nunique().eq(1).all()
     positive = "Focal-InfoNCE (modulate=positive)"
     assert (rates.drop(positive) == rates[positive] / 2).all()
-    (temperature,) = rows.loc[rows["name"] == TUNED, "temperature"].unique()
+    (temperature,) = rows.loc[rows["contestant"] == TUNED, "temperature"].unique()
     assert 40 < rows["wall_time_s"].mean() < 80  # "about a minute"
-    by_pair = contrasts.set_index(["score", "baseline", "name"]).sort_index()
+    by_pair = contrasts.set_index(["score", "baseline", "contestant"]).sort_index()
     for corpus in rows["corpus"].unique():
         found = by_pair[by_pair["corpus"] == corpus]["difference"]
         lead = found["avg", "InfoNCE", "Focal-InfoNCE"]

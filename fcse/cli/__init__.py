@@ -1,4 +1,4 @@
-"""The command line: fcse train, evaluate, compare, report, import, study, findings, doctor."""
+"""The command line: fcse train, evaluate, compare, report, study, repeat, findings and others."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from fcse.objectives import documented, key, parameters
 from fcse.recipes import RECIPES, recipe
 
 _DEFAULT_RECIPE = "minilm-wiki"
-_COMMANDS = ("evaluate", "compare", "report", "import", "study", "findings", "doctor")
+_COMMANDS = ("evaluate", "compare", "report", "import", "study", "repeat", "findings", "doctor")
 
 
 def _flags(start: TrainConfig) -> type:

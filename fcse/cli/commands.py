@@ -352,6 +352,27 @@ def run_findings(
     print(f"\nfigures: {folder}/")
 
 
+def run_repeat(
+    table: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[str],
+    corpus: Path | None = None,
+) -> None:
+    """Train and score one row of a study's table again, and say whether it came out the same.
+
+    Args:
+        table: CSV of a study, such as figures/study/contest.csv.
+        run: The row, by its column run.
+        corpus: The file that it was trained on, if it was one and is not in this folder."""
+    from fcse.study.repeat import repeat
+
+    found = repeat(table, run, corpus)
+    print(f"then  {found.then}\nnow   {found.now}\n")
+    print(found.scores.to_string(index=False, float_format="{:.4f}".format))
+    print(f"\n{found.verdict}")
+    if not found.same:
+        raise SystemExit(1)
+
+
 def run_doctor() -> None:
     """Say what this machine has, what is wrong with it, and how to mend that.
 

@@ -121,7 +121,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
     table: as of `findings.contrasts`. title: what was run."""
     scores, corpora = by(table, "score"), list(table["corpus"].unique())
     shades = dict(zip(corpora, np.linspace(1, 0.45, len(corpora)), strict=True))
-    pairs = list(dict.fromkeys(zip(table["name"], table["baseline"], strict=True)))
+    pairs = list(dict.fromkeys(zip(table["contestant"], table["baseline"], strict=True)))
     height = 1.2 + 0.42 * len(pairs) * len(corpora) ** 0.5
     figure, axes = new_axes(len(scores), width=5.6, height=height)
     figure.suptitle(title, size=10)
@@ -130,10 +130,10 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
         axis.axvline(0, color="0.4", lw=1)
         for row in rows.itertuples():
             shift = corpora.index(row.corpus) - (len(corpora) - 1) / 2
-            y = pairs.index((row.name, row.baseline)) + 0.28 * shift
+            y = pairs.index((row.contestant, row.baseline)) + 0.28 * shift
             bar = [[row.difference - row.low], [row.high - row.difference]]
-            other = row.name not in STYLES and " + " not in row.name
-            drawn = point(row.name) | ({"markerfacecolor": "white"} if other else {})
+            other = row.contestant not in STYLES and " + " not in row.contestant
+            drawn = point(row.contestant) | ({"markerfacecolor": "white"} if other else {})
             drawn |= {"markersize": 8, "capsize": 4, "alpha": shades[row.corpus]}
             axis.errorbar(row.difference, y, xerr=bar, linestyle="-", **drawn)
         axis.set_yticks(range(len(pairs)), [f"{a} − {b}" for a, b in pairs])
@@ -147,7 +147,7 @@ def gains(table: pd.DataFrame, title: str) -> Picture:
         figure.legend(lines, corpora, title="trained on", loc="outside right center")
     for row in table.itertuples():
         figure.alt += (
-            f" {row.score}, {row.corpus}, {row.name} minus {row.baseline}: "
+            f" {row.score}, {row.corpus}, {row.contestant} minus {row.baseline}: "
             f"{row.difference:+.2f}, interval {row.low:+.2f} to {row.high:+.2f}."
         )
     return figure
@@ -206,7 +206,7 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
     what was run."""
     figure, (axes,) = new_axes(width=7.5)
     figure.alt = f"{title}."
-    for name, rows in by(table, "name"):
+    for name, rows in by(table, "contestant"):
         x, y, colour = rows[setting], rows["score"], style(name).colour
         axes.plot(x, y, marker=style(name).marker, **line(name))
         axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.12, lw=0)
@@ -238,7 +238,7 @@ def along_training(table: pd.DataFrame) -> Picture:
     figure.alt = "Mean over seeds, from the first state to the last."
     for axis, (column, label) in zip(axes, ALONG.items(), strict=True):
         factor = 100 if "%" in label else 1
-        for name, rows in by(table, "name"):
+        for name, rows in by(table, "contestant"):
             by_step = factor * rows.pivot_table(index="step", columns="seed", values=column)
             axis.plot(by_step, lw=1, alpha=0.5, **line(name) | {"label": None})
             mean = by_step.mean(axis=1)

@@ -45,11 +45,12 @@ METHODS: dict[str, Style] = {
     "AdapACSE": Style("#999933", "d", (0, (6, 2))),
     "IFND": Style("#AA4499", "h", (0, (6, 2))),
     "Core-tuning": Style("#661100", "8", (0, (6, 2))),
+    "temperature schedule": Style("#88CCEE", "*", (0, (6, 2))),
 }
 """Method that is added to an objective -> its style."""
 
 _SEVERAL = Style("#000000", "H", (0, (6, 2)))
-_OTHERS = ("#44AA99", "#DDCC77", "#88CCEE", "#CC6677", "#6699CC", "#994455", "#997700", "#004488")
+_OTHERS = ("#44AA99", "#DDCC77", "#BBCC33", "#CC6677", "#6699CC", "#994455", "#997700", "#004488")
 
 
 def style(name: str) -> Style:

@@ -13,9 +13,9 @@ from fcse.data import SentencePairs
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.evaluation import judged_pairs, score
 from fcse.recipes import RECIPES, recipe
-from fcse.study.grid import SCORES
 from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published, judged
+from fcse.study.tables import SCORES
 from fcse.training import TrainResult, read_run, train
 
 SHORT = "minilm-short"

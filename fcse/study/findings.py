@@ -17,7 +17,7 @@ from fcse.data import STS_TASKS, is_file, load_wiki_articles
 from fcse.errors import InputError, first_line, writing
 from fcse.objectives import OBJECTIVES, VARIANTS, FocalInfoNCE, InfoNCE, rank
 from fcse.objectives import name as name_of
-from fcse.statistics import compare_seeds, holm
+from fcse.statistics import compare_seeds, detectable, holm
 from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published
 
@@ -50,9 +50,9 @@ def _read_grid(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no table of a study: {first_line(error)}") from None
-    if "name" not in table:
-        old = "made before losses had names: run the grid again"
-        wrong = old if {"variant", "contestant"} & {*table} else "it has no column name"
+    if "contestant" not in table:
+        old = "made by a version before 0.2.0: run the grid again"
+        wrong = old if {"variant", "name"} & {*table} else "it has no column contestant"
         raise InputError(f"{path} is no table of a study: {wrong}")
     if set(STS_TASKS) <= set(table):
         table["avg"] = table[list(STS_TASKS)].mean(axis=1)
@@ -83,34 +83,39 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.DataFrame:
     """The setting of each loss whose mean over seeds is highest, by default on the dev split.
 
-    Returns: One row a loss: "name", the settings that were searched, `by` (the mean) and "seeds".
-    """
+    Returns: One row a loss: "contestant", the settings that were searched, `by` (the mean) and
+    "seeds"."""
     found = means(table, settings, by).rename(columns={"score": by})
-    best = found.loc[found.groupby("name", sort=False)[by].idxmax()]
-    return best[["name", *settings, by, "seeds"]].reset_index(drop=True)
+    best = found.loc[found.groupby("contestant", sort=False)[by].idxmax()]
+    return best[["contestant", *settings, by, "seeds"]].reset_index(drop=True)
 
 
 def contrasts(
     table: pd.DataFrame,
     scores: Sequence[str] = ("avg", "Lee"),
     compared: Sequence[tuple[str, str]] | None = None,
+    by: str = "corpus",
 ) -> pd.DataFrame:
     """Losses against each other, paired over seeds, corrected for the number of comparisons.
 
-    table: from `read_study`, one row a loss, corpus and seed. The comparisons of one score on one
-    corpus are a family. compared: (baseline, loss) each, by name; else `pairs` of the table's.
+    Args:
+        table: from `read_study`, one row a loss, value of `by` and seed.
+        scores: columns; the comparisons of one of them at one value of `by` are a family.
+        compared: (baseline, loss) each, by name; else `pairs` of the table's.
+        by: what is held: the corpus, or a setting such as steps.
 
-    Returns: One row a score, corpus and pair: "score", "corpus", "baseline", "name", "seeds",
-    "mean" (of the loss of that name), "difference" (to the baseline, points of 100 x Spearman),
+    Returns: One row a score, value of `by` and pair: "score", `by`, "baseline", "contestant",
+    "seeds", "mean" (of the contestant), "difference" (to the baseline, points of 100 x Spearman),
     "low", "high" (95 % interval of one comparison), "effect" (the difference in standard deviations
-    of the paired differences, Cohen's d_z), "p" (paired t test) and "p_holm". InputError: a loss
-    without two seeds in common with its baseline."""
-    compared = pairs(table["name"]) if compared is None else compared
+    of the paired differences, Cohen's d_z), "detectable" (the smallest true difference that these
+    seeds show with a probability of 80 %, see `statistics.detectable`), "p" (paired t test) and
+    "p_holm". InputError: a loss without two seeds in common with its baseline."""
+    compared = pairs(table["contestant"]) if compared is None else compared
     rows = []
-    for score, (corpus, family) in product(scores, table.groupby("corpus")):
-        by_seed = family.pivot_table(index="seed", columns="name", values=score)
+    for score, (held, family) in product(scores, table.groupby(by)):
+        by_seed = family.pivot_table(index="seed", columns="contestant", values=score)
         found = [
-            {"score": score, "corpus": corpus, "baseline": baseline, "name": loss}
+            {"score": score, by: held, "baseline": baseline, "contestant": loss}
             | _paired(by_seed[baseline], by_seed[loss])
             for baseline, loss in compared
             if {baseline, loss} <= set(by_seed)
@@ -127,7 +132,7 @@ def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
     The methods on one score are a family. InputError: as in `contrasts`."""
     rows = []
     for score in scores:
-        by_seed = table.pivot_table(index="seed", columns="name", values=score)
+        by_seed = table.pivot_table(index="seed", columns="contestant", values=score)
         found = []
         for loss in by_seed:
             method = loss.removeprefix(f"{PLAIN} + ")
@@ -144,13 +149,15 @@ def _paired(baseline: pd.Series, other: pd.Series) -> dict[str, float]:
     """The numbers of one comparison, over the seeds that both have."""
     both = pd.concat([baseline, other], axis=1).dropna().to_numpy().T
     result = compare_seeds(*both)
+    sd = np.std(both[1] - both[0], ddof=1)
     return {
         "seeds": result.n,
         "mean": both[1].mean(),
         "difference": result.difference,
         "low": result.low,
         "high": result.high,
-        "effect": result.difference / np.std(both[1] - both[0], ddof=1),
+        "effect": result.difference / sd,
+        "detectable": detectable(sd, result.n),
         "p": result.p,
     }
 
@@ -167,7 +174,7 @@ def without_and_with(gains: pd.DataFrame) -> pd.DataFrame:
     gains: `contrasts` of methods on one corpus. Returns: One row a method (or the modulation
     itself), columns (score, baseline) of texts as of `written`; "" where it did not run that way.
     """
-    pairs = zip(gains["baseline"], gains["name"], strict=True)
+    pairs = zip(gains["baseline"], gains["contestant"], strict=True)
     methods = [loss.removeprefix(f"{baseline} + ") for baseline, loss in pairs]
     table = gains.assign(gain=written(gains), method=methods)
     wide = table.pivot(index="method", columns=["score", "baseline"], values="gain")
@@ -187,7 +194,9 @@ def shown(gains: pd.DataFrame, baseline: str, loss: str, sign: int = 1) -> pd.Se
     """Whether a loss lies above its baseline (sign -1: below), p < 0.05 after Holm's correction.
 
     gains: `contrasts` of one score. Returns bools, indexed by corpus."""
-    found = gains[(gains["baseline"] == baseline) & (gains["name"] == loss)].set_index("corpus")
+    found = gains[(gains["baseline"] == baseline) & (gains["contestant"] == loss)].set_index(
+        "corpus"
+    )
     return (sign * found["difference"] > 0) & (found["p_holm"] < 0.05)
 
 
@@ -204,17 +213,17 @@ def verdicts(hypotheses: Mapping[str, pd.Series]) -> pd.DataFrame:
 
 
 def means(
-    table: pd.DataFrame, settings: Sequence[str], score: str = DEV, by: str = "name"
+    table: pd.DataFrame, settings: Sequence[str], score: str = DEV, by: str = "contestant"
 ) -> pd.DataFrame:
     """Mean of a score over seeds for each loss and setting.
 
-    by: "name" of the loss; or "objective", where the settings are of the objective itself. Returns:
+    by: "contestant"; or "objective", where the settings are of the objective itself. Returns:
     Columns `by`, the settings that vary (NaN where a loss does not have one), "score", "low",
     "high" (the lowest and the highest seed), "seeds"."""
     grouped = table.groupby([by, *settings], dropna=False)[score]
     found = grouped.agg(score="mean", low="min", high="max", seeds="count").reset_index()
     names = sorted(set(found[by]), key=lambda each: (rank(each), each))
-    order = (names if by == "name" else list(OBJECTIVES)).index
+    order = (names if by == "contestant" else list(OBJECTIVES)).index
     return found.sort_values(
         [by, *settings], key=lambda x: x.map(order) if x.name == by else x, ignore_index=True
     )
@@ -233,7 +242,7 @@ def random_batches(count: int = 8, size: int = 64, seed: int = 0) -> list[tuple[
 def along_training(run: "TrainResult", batches: Sequence[tuple[list[str], ...]]) -> pd.DataFrame:
     """What a run's own loss does to `random_batches` in each state whose weights there are.
 
-    Returns: One row a state, each number a mean over batches: "name" of the loss, "seed", "step",
+    Returns: One row a state, each number a mean over batches: "contestant", "seed", "step",
     and the columns of `analysis.effects`. InputError: the run has a method that acts on more than
     the similarities of a batch."""
     from fcse.analysis import batch_similarities, effects
@@ -248,7 +257,7 @@ def along_training(run: "TrainResult", batches: Sequence[tuple[list[str], ...]])
             sim = batch_similarities(encoder, sentences, config.max_length, config.seed)
             measured.append(effects(sim, titles, *seen(config, encoder, sentences)))
         mean = pd.DataFrame(measured).mean().to_dict()
-        rows.append({"name": config.name, "seed": config.seed, "step": step} | mean)
+        rows.append({"contestant": config.name, "seed": config.seed, "step": step} | mean)
     return pd.DataFrame(rows)
 
 
@@ -275,7 +284,7 @@ def take_over(folder: Path, runs: Path) -> None:
 
         batches = random_batches()
         measured = [along_training(read_run(path), batches) for path in tqdm(folders, unit="run")]
-        table = pd.concat(measured).sort_values(["name", "seed", "step"], ignore_index=True)
+        table = pd.concat(measured).sort_values(["contestant", "seed", "step"], ignore_index=True)
         with writing("table along training"):
             table.to_csv(folder / "along_training.csv", index=False, float_format="%.6g")
 

@@ -1,6 +1,5 @@
 """A grid of runs from one TOML file: what it asks for, and what of it there is."""
 
-import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,11 +11,12 @@ from typing import Any
 import pandas as pd
 
 from fcse import methods
-from fcse.config import PARAMETERS, TrainConfig, configured, flattened, recorded, renamed
+from fcse.config import PARAMETERS, TrainConfig, configured, flattened, renamed
 from fcse.data import STS_TASKS, is_file
 from fcse.encoder.precision import resolve_precision
 from fcse.errors import InputError
 from fcse.recipes import recipe
+from fcse.study.tables import current_rows, finished, joined, not_in, results
 
 TASKS = ("Lee", *STS_TASKS, "STSBenchmark-dev", "SICKRelatedness-dev")
 """What the runs of a grid can be scored on."""
@@ -24,8 +24,6 @@ TASKS = ("Lee", *STS_TASKS, "STSBenchmark-dev", "SICKRelatedness-dev")
 _NOT_IN_TABLES = ("recipe", "seed", "output", "methods")
 _FIELDS = [f.name for f in fields(TrainConfig) if f.name not in _NOT_IN_TABLES]
 _TOP = ("recipe", "tasks", "seeds", "runs")
-SCORES = "scores.json"
-"""Where a run's folder keeps the scores of its model."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +32,30 @@ class Grid:
 
     runs: distinct, each with its own folder as `output`, in the order in which they are run: all
     settings with the first seed, then with the next. tasks: names from `TASKS`, scored once a run
-    is trained. folder: holds results.csv, and the runs' folders under runs/."""
+    is trained. folder: holds results.csv, and the runs' folders under runs/. table: a CSV whose
+    rows count as done, wherever they were made."""
 
     runs: tuple[TrainConfig, ...]
     tasks: tuple[str, ...]
     folder: Path
+    table: Path | None = None
 
     def to_run(self) -> list[TrainConfig]:
         """The runs that are not yet trained and scored on every task, with these versions.
 
-        InputError: a folder that is a file, or a record in it that cannot be read."""
+        InputError: a folder that is a file, a record in it that cannot be read, or a table that is
+        none of a study."""
         if is_file(self.folder):
             raise InputError(f"output {self.folder} is a file: name a folder")
-        done = {run: _finished(run.folder) for run in self.runs}
-        return [run for run, x in done.items() if x is None or not x[1].keys() >= {*self.tasks}]
+        done = {run: finished(run.folder) for run in self.runs}
+        left = [run for run, x in done.items() if x is None or not x[1].keys() >= {*self.tasks}]
+        return not_in(current_rows(self.table), left, self.tasks)
+
+    def rows(self) -> pd.DataFrame:
+        """The rows of the folder's runs and of the table, as text; one a run.
+
+        InputError: as in `to_run`."""
+        return joined([results(self.folder), current_rows(self.table)])
 
 
 def read_grid(path: Path, folder: Path) -> Grid:
@@ -56,8 +64,9 @@ def read_grid(path: Path, folder: Path) -> Grid:
     Settings at the top, by their flat names, are common to all runs; each [[runs]] table adds its
     own. Where a value is a list, each of its values is taken with each of the others'. `recipe`
     gives what is not named (minilm-wiki), `seeds` is a list or a count (1), `tasks` a list of names
-    from `TASKS` (Lee). Runs that come to the same are one. InputError: no such file, bad TOML, an
-    unknown key, a value of the wrong type or out of range, or no run at all."""
+    from `TASKS` (Lee). Runs that come to the same are one; a run that has a row in NAME.csv beside
+    the file NAME.toml counts as done. InputError: no such file, bad TOML, an unknown key, a value
+    of the wrong type or out of range, or no run at all."""
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
@@ -79,7 +88,7 @@ def read_grid(path: Path, folder: Path) -> Grid:
         for run in runs
     )
     named = tuple(replace(run, output=str(folder / "runs" / run.run_name)) for run in runs)
-    return Grid(named, tuple(tasks), folder)
+    return Grid(named, tuple(tasks), folder, path.with_suffix(".csv"))
 
 
 def _parse(content: Mapping[str, Any]) -> tuple[list[TrainConfig], list[int], list[str]]:
@@ -144,56 +153,12 @@ def _crossed(base: TrainConfig, table: Mapping[str, Any]) -> Iterator[TrainConfi
         yield configured(base, given)
 
 
-def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]] | None:
-    """Record and scores of a run that is trained and scored, else None.
-
-    InputError: files that are no record of a run."""
-    try:
-        record = json.loads((folder / "run.json").read_text())
-        if not record["finished"]:
-            return None
-        return record, json.loads((folder / SCORES).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, OSError):
-        raise InputError(f"{folder} holds a damaged record of a run: delete that folder") from None
-
-
-def results(folder: Path) -> pd.DataFrame:
-    """Every run of a study's folder that is trained and scored, whatever grid asked for it.
-
-    Returns: One row a run: "run" (its folder's name), "hash" (8 hexadecimal digits over settings,
-    local files and versions), "name" (of the loss, see `TrainConfig.name`), every setting by its
-    flat name, empty where a run has none of that name, "device", "precision", "wall_time_s"
-    (training in s), "kept_step", the versions by package, and for each task its score (100 x
-    Spearman), TASK_alignment and TASK_uniformity. InputError: a record that cannot be read."""
-    rows = []
-    for path in sorted(folder.glob("runs/*/run.json")):
-        run = path.parent
-        finished = _finished(run)
-        if finished is None:
-            continue
-        record, scores = finished
-        try:
-            config = recorded(record["config"])
-            row = {"run": run.name, "hash": run.name.rpartition("-")[2], "name": config.name}
-            row |= config.settings
-            row |= {k: record[k] for k in ("device", "precision", "wall_time_s", "kept_step")}
-            row |= record["versions"]
-            for task, kinds in scores.items():
-                row |= {f"{task}_{kind}".removesuffix("_spearman"): kinds[kind] for kind in kinds}
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise InputError(f"{run} holds a damaged record of a run: delete that folder") from None
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def plan(runs: Sequence[TrainConfig]) -> pd.DataFrame:
     """What a grid's runs differ in.
 
-    Returns: One row a setting: "name" of the loss, the other settings that vary among the runs, as
-    text, and "seeds"."""
-    table = pd.DataFrame([{"name": run.name, **run.settings} for run in runs], dtype=object)
+    Returns: One row a setting: "contestant" (the name of the loss), the other settings that vary
+    among the runs, as text, and "seeds"."""
+    table = pd.DataFrame([{"contestant": run.name, **run.settings} for run in runs], dtype=object)
     table = table.where(table.notna(), "").astype(str)
-    shown = ["name", *(f for f in _FIELDS if f != "objective" and table[f].nunique() > 1)]
+    shown = ["contestant", *(f for f in _FIELDS if f != "objective" and table[f].nunique() > 1)]
     return table.groupby(shown, sort=False)["seed"].agg(" ".join).rename("seeds").reset_index()

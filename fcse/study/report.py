@@ -15,7 +15,7 @@ from fcse.errors import InputError, replacing
 from fcse.objectives import rank
 from fcse.statistics import compare_seeds, summarise_seeds
 from fcse.study import published
-from fcse.study.grid import SCORES
+from fcse.study.tables import SCORES
 
 if TYPE_CHECKING:
     from fcse.encoder.sentence_encoder import SentenceEncoder

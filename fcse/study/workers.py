@@ -25,8 +25,9 @@ from fcse.encoder.precision import bf16_units
 from fcse.encoder.sentence_encoder import SentenceEncoder
 from fcse.errors import InputError, replacing
 from fcse.evaluation import judged_pairs, score
-from fcse.study.grid import SCORES, Grid, results
+from fcse.study.grid import Grid
 from fcse.study.report import judged
+from fcse.study.tables import SCORES, results
 from fcse.training import apart, run_folder, train
 
 
@@ -139,7 +140,7 @@ def _run_all(grid: Grid, where: Local, keep_models: bool) -> list[str]:
     waiting = grid.to_run()
     running: list[TrainConfig] = []
     failed: list[str] = []
-    _write_results(grid.folder)
+    _write_results(grid)
     total = len(grid.runs)
     bar = tqdm(total=total, initial=total - len(waiting), unit="run", smoothing=0)
     try:
@@ -158,7 +159,7 @@ def _run_all(grid: Grid, where: Local, keep_models: bool) -> list[str]:
                     said = f"failed: {failed[-1]}: {reason} (see {log_of(config)})"
                     bar.write(said, file=sys.stderr)
                 else:
-                    _write_results(grid.folder)
+                    _write_results(grid)
                 bar.update()
     finally:
         bar.close()
@@ -202,10 +203,10 @@ def check_workers(workers: int | None) -> int | None:
     return workers
 
 
-def _write_results(folder: Path) -> None:
-    table = results(folder)
+def _write_results(grid: Grid) -> None:
+    table = grid.rows()
     if len(table):
-        with replacing(folder / "results.csv") as path:
+        with replacing(grid.folder / "results.csv") as path:
             table.to_csv(path, index=False)
 
 
