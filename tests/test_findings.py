@@ -22,7 +22,7 @@ from fcse.methods.cards import CARDS
 from fcse.methods.core_tuning import CoreTuning, FocalWeight
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
 from fcse.recipes import recipe
-from fcse.statistics import holm
+from fcse.statistics import detectable, holm, seeds_needed
 from fcse.study import findings
 from fcse.study.findings import DEV, chosen, contrasts, draw, means, pairs, read_study
 from fcse.training import train
@@ -194,6 +194,79 @@ def test_the_setting_with_the_best_mean_is_chosen(write):
         ]
         assert best.seeds == 2
         assert found.loc[best.Index, DEV] == pytest.approx(same[DEV].mean())
+
+
+@pytest.mark.parametrize(
+    ("contestant", "family"),
+    [
+        ("InfoNCE (temperature=0.03)", "InfoNCE"),
+        ("Focal-InfoNCE (temperature=0.07, m=0.1)", "Focal-InfoNCE"),
+        (
+            "Focal-InfoNCE (temperature=0.1, m=0.2, modulate=negative, stop_gradient=True)",
+            "Focal-InfoNCE (modulate=negative, stop_gradient=True)",
+        ),
+        ("Hardness-InfoNCE (alpha=3.0)", "Hardness-InfoNCE"),
+        ("Focal-InfoNCE (modulate=positive)", "Focal-InfoNCE (modulate=positive)"),
+        ("Mine (temperature=0.1)", "Mine (temperature=0.1)"),
+        ("InfoNCE (temperature=0.1) + SSCL", "InfoNCE (temperature=0.1) + SSCL"),
+    ],
+)
+def test_a_family_is_one_loss_with_all_its_temperatures(contestant, family):
+    assert findings.family(contestant) == family
+
+
+def test_a_choice_says_whether_it_lies_inside_what_was_tried(write):
+    lift = {0.02: 0, 0.03: 2, 0.05: 1}
+    rows = [
+        row("info_nce", seed, lift[tau] - 3 * (rate != 1e-4), temperature=tau, learning_rate=rate)
+        for seed in (100, 101)
+        for tau, rate in ((0.02, 1e-4), (0.03, 1e-4), (0.05, 1e-4), (0.03, 5e-5), (0.05, 2e-4))
+    ]
+    table = read_study(write("choices", rows))
+    settings = ["learning_rate", "temperature", "m"]
+
+    def best(table):
+        (found,) = chosen(table, settings, ("family",)).to_dict("records")
+        return found["learning_rate"], found["temperature"], found["inside"]
+
+    assert best(table) == (1e-4, 0.03, False)  # no higher rate at that temperature
+    more = [row("info_nce", s, -1, temperature=0.03, learning_rate=3e-4) for s in (100, 101)]
+    assert best(read_study(write("choices", rows + more))) == (1e-4, 0.03, True)
+    assert best(table[table["learning_rate"] == 1e-4]) == (1e-4, 0.03, True)  # one rate was tried
+    assert best(table[table["temperature"] > 0.02])[1:] == (0.03, False)
+
+
+def test_the_tuned_baseline_has_the_temperature_of_its_length(write):
+    rows = [
+        row("info_nce", seed, steps=steps, temperature=tau)
+        for seed in SEEDS
+        for steps in (25, 100)
+        for tau in (0.03, 0.05, 0.07)
+    ] + [row("focal_info_nce", seed, 2, steps=steps) for seed in SEEDS for steps in (25, 100)]
+    best = pd.DataFrame({"steps": [25, 100], "temperature": [0.05, 0.03]})
+    table = read_study(write("lengths", rows))
+    found = findings.with_tuned(table, best, "steps")
+    assert set(found["contestant"]) == {PLAIN, FOCAL, findings.TUNED}
+    for steps, tau in ((25, 0.05), (100, 0.03)):
+        at = found[found["steps"] == steps]
+        tuned = at[at["contestant"] == findings.TUNED].set_index("seed")[DEV]
+        same = table[(table["temperature"] == tau) & (table["family"] == PLAIN)]
+        expected = same[same["steps"] == steps].set_index("seed")[DEV]
+        pd.testing.assert_series_equal(tuned, expected)
+    by_steps = contrasts(found, [DEV], findings.SCALED, by="steps").set_index("steps")
+    assert len(by_steps) == 6
+    same = by_steps[by_steps["contestant"] == findings.TUNED]["difference"]
+    assert same[25] == 0
+    assert same[100] != 0
+
+
+def test_the_detectable_difference_is_that_of_the_power(comparison):
+    for line in contrasts(read_study(comparison)).itertuples():
+        sd = line.difference / line.effect
+        assert seeds_needed(line.detectable * 1.001, sd) == line.seeds
+        assert seeds_needed(line.detectable * 0.999, sd) == line.seeds + 1
+    with one_line_refusal("1 seed cannot show a difference"):
+        detectable(1, 1)
 
 
 @pytest.mark.parametrize("by", ["contestant", "objective"])

@@ -78,6 +78,19 @@ RATES = pd.DataFrame(
     ],
     columns=["contestant", "learning_rate", "score", "low", "high"],
 )
+BY_LENGTH = pd.DataFrame(
+    [
+        (score, steps, baseline, loss, gain, gain - 0.2, gain + 0.3)
+        for score in ("avg", "Lee")
+        for steps, scale in ((25, 1), (100, 0.5))
+        for baseline, loss, gain in (
+            ("InfoNCE", "Focal-InfoNCE", 0.8 * scale),
+            ("InfoNCE (tuned)", "Focal-InfoNCE", 0.25 * scale),
+        )
+    ],
+    columns=["score", "steps", "baseline", "contestant", "difference", "low", "high"],
+)
+BEST = pd.DataFrame({"contestant": "InfoNCE", "steps": [25, 100], "temperature": [0.025, 0.05]})
 ALONG = pd.DataFrame(
     [
         (loss, seed, step, 0.05 - 0.001 * step - 0.01 * seed, 0.4 + 0.01 * step, 0.01 * step, 0.25)
@@ -91,6 +104,7 @@ FIGURES = {
     "gains": lambda: plots.gains(GAINS, "tiny, 8 sentences"),
     "surface": lambda: plots.surface(SURFACE, "tiny, 8 sentences"),
     "by_setting": lambda: plots.by_setting(RATES, "learning_rate", "peak rate", "tiny, 2 seeds"),
+    "differences": lambda: plots.differences(BY_LENGTH, "steps", "length [steps]", "tiny", BEST),
     "along_training": lambda: plots.along_training(ALONG),
     "over_seeds": lambda: plots.over_seeds(SEEDS, over_seeds(SEEDS)),
     "beside_published": lambda: plots.beside_published(beside_published(RUN), SIMCSE_50_SEEDS),
@@ -225,9 +239,9 @@ def test_gains_are_drawn_with_their_intervals_in_the_line_of_their_pair():
             assert span == pytest.approx((row.low, row.high))
             assert round(y) == row.Index % 3
             assert point.get_color() == plots.style(row.contestant).colour
-            assert point.get_marker() == plots.style(row.name).marker
+            assert point.get_marker() == plots.style(row.contestant).marker
             hollow = to_hex(point.get_markerfacecolor()) == "#ffffff"
-            assert hollow == (row.name == "InfoNCE (temperature=0.03)")
+            assert hollow == (row.contestant == "InfoNCE (temperature=0.03)")
         assert len({y for _, y in bars(axes)}) == len(rows), "one interval hides another"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wiki-mini", "other.txt"]
     alt = figure.alt
@@ -294,6 +308,29 @@ def test_a_score_against_a_setting_has_a_line_a_loss_and_the_span_of_its_seeds()
         "tiny, 2 seeds. InfoNCE: 70.5 at 3e-05, 71.0 at 0.0001. "
         "Focal-InfoNCE: 72.0 at 3e-05, 71.2 at 0.0001."
     )
+
+
+def test_differences_against_a_setting_have_their_intervals_and_the_temperature_beside():
+    figure = FIGURES["differences"]()
+    *panels, last = figure.axes
+    assert [axes.get_title() for axes in panels] == ["mean of the seven STS tasks", "Lee"]
+    assert {axes.get_xscale() for axes in figure.axes} == {"log"}
+    for axes, (_, rows) in zip(panels, BY_LENGTH.groupby("score", sort=False), strict=True):
+        pairs = list(rows.groupby("baseline"))
+        for (_, each), container in zip(pairs, axes.containers, strict=True):
+            points, _, (bars_,) = container.lines
+            assert list(points.get_xdata()) == pytest.approx(list(each["steps"]), rel=0.05)
+            assert list(points.get_ydata()) == list(each["difference"])
+            spans = [tuple(segment[:, 1]) for segment in bars_.get_segments()]
+            expected = list(zip(each["low"], each["high"], strict=True))
+            assert [pytest.approx(span) for span in expected] == spans
+        first, second = (container.lines[0].get_xdata() for container in axes.containers)
+        assert not {*first} & {*second}, "one interval hides another"
+    (drawn,) = last.lines
+    np.testing.assert_array_equal(drawn.get_xydata(), BEST[["steps", "temperature"]])
+    assert drawn.get_color() == plots.style("InfoNCE").colour
+    assert "avg, Focal-InfoNCE minus InfoNCE: +0.80 (+0.60 to +1.10) at 25, +0.40" in figure.alt
+    assert figure.alt.endswith("Best temperature, InfoNCE: 0.025 at 25, 0.05 at 100.")
 
 
 def test_means_of_real_rows_are_drawn_in_the_order_of_losses():

@@ -12,6 +12,7 @@ from fcse.plots.seeds import (
     along_training,
     beside_published,
     by_setting,
+    differences,
     gains,
     over_seeds,
     scores,

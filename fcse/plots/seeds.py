@@ -222,6 +222,59 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
     return figure
 
 
+@plt.rc_context(STYLE)
+def differences(
+    table: pd.DataFrame, setting: str, xlabel: str, title: str, best: pd.DataFrame | None = None
+) -> Picture:
+    """Paired differences over seeds against a setting, with intervals: a line a pair and score.
+
+    Args:
+        table: as of `findings.contrasts` by that setting.
+        setting: on a logarithmic axis. xlabel: what to call it, with its unit.
+        title: what was run.
+        best: columns `setting`, "contestant", "temperature": drawn beside."""
+    scores = by(table, "score")
+    figure, axes = new_axes(len(scores) + (best is not None), width=4.4, height=4)
+    figure.suptitle(title, size=10)
+    figure.alt = f"{title}."
+    pairs = list(dict.fromkeys(zip(table["contestant"], table["baseline"], strict=True)))
+    for axis, (score, rows) in zip(axes, scores, strict=False):
+        axis.axhline(0, color="0.4", lw=1)
+        for number, (loss, baseline) in enumerate(pairs):
+            each = rows[(rows["contestant"] == loss) & (rows["baseline"] == baseline)]
+            x = each[setting] * 1.04 ** (number - (len(pairs) - 1) / 2)  # else bars hide each other
+            bars = [each["difference"] - each["low"], each["high"] - each["difference"]]
+            other = baseline != pairs[0][1]
+            drawn = point(loss) | {"linestyle": ":" if other else "-", "capsize": 3}
+            drawn |= {"markerfacecolor": "white"} if other else {}
+            axis.errorbar(x, each["difference"], bars, label=f"{loss} − {baseline}", **drawn)
+            said = ", ".join(
+                f"{row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}) at {at:g}"
+                for row, at in zip(each.itertuples(), each[setting], strict=True)
+            )
+            figure.alt += f" {score}, {loss} minus {baseline}: {said}."
+        what = "mean of the seven STS tasks" if score == "avg" else score
+        axis.set(title=what, ylabel="difference in Spearman × 100")
+    if best is not None:
+        for name, rows in by(best, "contestant"):
+            axes[-1].plot(rows[setting], rows["temperature"], **line(name) | point(name))
+            at = zip(rows["temperature"], rows[setting], strict=True)
+            said = ", ".join(f"{tau:g} at {x:g}" for tau, x in at)
+            figure.alt += f" Best temperature, {name}: {said}."
+        axes[-1].set(title="best temperature, STS-B dev", ylabel="temperature τ")
+        axes[-1].set_ylim(bottom=0)
+        axes[-1].legend(fontsize=9)
+    ticks = sorted(table[setting].unique())
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel(xlabel)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
 ALONG = {
     "effective_temperature": "effective temperature",
     "hardest": "pull on the hardest tenth [%]",

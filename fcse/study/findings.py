@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from fcse.data import STS_TASKS, is_file, load_wiki_articles
 from fcse.errors import InputError, first_line, writing
 from fcse.objectives import OBJECTIVES, VARIANTS, FocalInfoNCE, InfoNCE, rank
 from fcse.objectives import name as name_of
-from fcse.statistics import compare_seeds, detectable, holm
+from fcse.statistics import Comparison, compare_seeds, detectable, holm
 from fcse.study.published import SIMCSE_50_SEEDS
 from fcse.study.report import beside_published
 
@@ -31,6 +31,14 @@ DEV = "STSBenchmark-dev"
 RATES = ("learning_rate", "method_rates")
 """Tables that a learning rate is chosen from."""
 PLAIN, FOCAL = name_of(InfoNCE()), name_of(FocalInfoNCE())
+TUNED = f"{PLAIN} (tuned)"
+"""InfoNCE where its temperature is chosen anew at every length of training or size of batch."""
+USUAL = 64
+"""Sentences of a batch where its size is not what varies."""
+SCALED = ((PLAIN, FOCAL), (TUNED, FOCAL), (PLAIN, TUNED))
+"""What is compared at every length of training, and as far as it ran at every size of batch."""
+FAMILIES = {name_of(each).partition(" (")[0] for each in VARIANTS}
+_OF_A_FAMILY = ("modulate", "stop_gradient")
 CONTRASTS = {
     "contrasts": (("comparison", "second_corpus"), ("avg", "Lee"), "gains"),
     "methods": (("methods",), ("STSBenchmark", "Lee"), "method_gains"),
@@ -39,7 +47,8 @@ CONTRASTS = {
 
 
 def read_study(*paths: Path) -> pd.DataFrame:
-    """Rows of grids' CSV files, with "avg", the mean of the STS tasks, where all seven are there.
+    """Rows of grids' CSV files, with "family" of each contestant, see `family`, and with "avg", the
+    mean of the STS tasks, where all seven are there.
 
     InputError: a file is not there, or is no such table."""
     return pd.concat(map(_read_grid, paths), ignore_index=True)
@@ -56,6 +65,7 @@ def _read_grid(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} is no table of a study: {wrong}")
     if set(STS_TASKS) <= set(table):
         table["avg"] = table[list(STS_TASKS)].mean(axis=1)
+    table["family"] = table["contestant"].map(family)
     return table
 
 
@@ -80,14 +90,65 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return found + [(alone(each), each) for each in names if alone(each) != each]
 
 
-def chosen(table: pd.DataFrame, settings: Sequence[str], by: str = DEV) -> pd.DataFrame:
-    """The setting of each loss whose mean over seeds is highest, by default on the dev split.
+def family(contestant: str) -> str:
+    """The name of a loss whatever its temperature, m and alpha are: what is tuned stays one loss.
 
-    Returns: One row a loss: "contestant", the settings that were searched, `by` (the mean) and
-    "seeds"."""
-    found = means(table, settings, by).rename(columns={"score": by})
-    best = found.loc[found.groupby("contestant", sort=False)[by].idxmax()]
-    return best[["contestant", *settings, by, "seeds"]].reset_index(drop=True)
+    Others, also a loss of a reader's own, keep their names."""
+    label, _, inside = contestant.partition(" (")
+    if " + " in contestant or label not in FAMILIES:
+        return contestant
+    kept = [x for x in inside.removesuffix(")").split(", ") if x.partition("=")[0] in _OF_A_FAMILY]
+    return f"{label} ({', '.join(kept)})" if kept else label
+
+
+def chosen(
+    table: pd.DataFrame, settings: Sequence[str], per: Sequence[str] = ("contestant",)
+) -> pd.DataFrame:
+    """The setting whose mean over seeds on the dev split is highest, for each loss.
+
+    per: columns, the first of names; a setting is chosen for each of their values, such as "family"
+    and "steps".
+
+    Returns: One row each: the columns `per`, the settings that were searched, `DEV` (the mean),
+    "seeds", and "inside": whether the best value of every setting lies between two others that were
+    tried with the others as they are; a setting that was tried at one value only does not count."""
+    settings = [setting for setting in settings if setting in table]
+    groups = table.groupby([*per, *settings], dropna=False, sort=False)[DEV]
+    found = groups.agg(["mean", "count"]).reset_index()
+    found = found.rename(columns={"mean": DEV, "count": "seeds"})
+    best = found.loc[found.groupby([*per], sort=False)[DEV].idxmax()]
+    inside = [
+        all(_between(found, row, setting, [*per, *settings]) for setting in settings)
+        for row in best.to_dict("records")
+    ]
+    best = best.assign(inside=inside)[[*per, *settings, DEV, "seeds", "inside"]]
+    names = sorted(set(best[per[0]]), key=lambda each: (rank(each), each))
+    return best.sort_values(per[0], key=lambda x: x.map(names.index), ignore_index=True)
+
+
+def _between(found: pd.DataFrame, row: Mapping[str, Any], setting: str, held: list[str]) -> bool:
+    """Whether a row's value of a setting has lower and higher ones beside it."""
+    same = pd.Series(True, found.index)
+    for column in held:
+        if column != setting:
+            x = found[column]
+            same &= x.isna() if pd.isna(row[column]) else x == row[column]
+    tried = found.loc[same, setting].dropna()
+    return len(tried) < 2 or tried.min() < row[setting] < tried.max()
+
+
+def with_tuned(table: pd.DataFrame, best: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Rows of InfoNCE at the paper's temperature and of others, and those of `TUNED`.
+
+    That is InfoNCE at the temperature that was chosen at each value of `by`.
+
+    Args:
+        table: from `read_study`, one corpus.
+        best: columns `by` and "temperature"."""
+    at = table[by].map(best.set_index(by)["temperature"])
+    plain = table["contestant"].map(family) == PLAIN
+    tuned = table[plain & np.isclose(table["temperature"], at)].assign(contestant=TUNED)
+    return pd.concat([table[~plain | (table["contestant"] == PLAIN)], tuned], ignore_index=True)
 
 
 def contrasts(
@@ -148,15 +209,18 @@ def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
 def _paired(baseline: pd.Series, other: pd.Series) -> dict[str, float]:
     """The numbers of one comparison, over the seeds that both have."""
     both = pd.concat([baseline, other], axis=1).dropna().to_numpy().T
-    result = compare_seeds(*both)
     sd = np.std(both[1] - both[0], ddof=1)
+    if (both[0] == both[1]).all():  # the same runs under two names: a t test has no answer
+        result = Comparison(0.0, 0.0, 0.0, 1.0, both.shape[1])
+    else:
+        result = compare_seeds(*both)
     return {
         "seeds": result.n,
         "mean": both[1].mean(),
         "difference": result.difference,
         "low": result.low,
         "high": result.high,
-        "effect": result.difference / sd,
+        "effect": result.difference / sd if sd else 0.0,
         "detectable": detectable(sd, result.n),
         "p": result.p,
     }
@@ -318,6 +382,7 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
             found[name] = table = contrasts(rows, scores)
             title = f"{_what(rows)}: paired over seeds, 95 % intervals"
             plots.save(plots.gains(table, title), table, folder / figure)
+    found |= _draw_scale(folder)
     if is_file(folder / "along_training.csv"):
         found["along_training"] = table = read_study(folder / "along_training.csv")
         plots.save(plots.along_training(table), table, folder / "along_training")
@@ -329,6 +394,36 @@ def draw(folder: Path) -> dict[str, pd.DataFrame]:
     points = beside_published()
     plots.save(plots.beside_published(points, SIMCSE_50_SEEDS), points, folder / "published")
     return found
+
+
+def _draw_scale(folder: Path) -> dict[str, pd.DataFrame]:
+    """What `draw` has of differences against the length of training and the size of a batch."""
+    found: dict[str, pd.DataFrame] = {}
+    if lengths := _tables(folder, ("lengths",)):
+        rows = read_study(*lengths, *_tables(folder, ("contest",)))
+        best = best_temperatures(read_study(folder / "choices.csv"))
+        rows = with_tuned(rows, best[best["contestant"] == PLAIN], "steps")
+        found["by_length"] = table = contrasts(rows, compared=SCALED, by="steps")
+        what = f"{rows['encoder'].iloc[0]}, {rows['batch_size'].iloc[0]} sentences a step"
+        title = f"{what}: paired over seeds, 95 % intervals"
+        picture = plots.differences(table, "steps", "training length [steps]", title, best)
+        plots.save(picture, table, folder / "by_length")
+    if is_file(folder / "batches.csv"):
+        rows = read_study(folder / "batches.csv", *_tables(folder, ("contest",)))
+        found["by_batch"] = table = contrasts(rows, compared=SCALED, by="batch_size")
+        title = f"{_what(rows)}: paired over seeds, 95 % intervals"
+        picture = plots.differences(table, "batch_size", "batch size [sentences]", title)
+        plots.save(picture, table, folder / "by_batch")
+    return found
+
+
+def best_temperatures(choices: pd.DataFrame) -> pd.DataFrame:
+    """The temperature that was chosen for InfoNCE at each length of training.
+
+    Returns: Columns as of `chosen`, with "contestant" and "steps"."""
+    plain = choices[(choices["family"] == PLAIN) & (choices["batch_size"] == USUAL)]
+    best = chosen(plain, ["learning_rate", "temperature"], ("family", "steps"))
+    return best.rename(columns={"family": "contestant"}).sort_values("steps", ignore_index=True)
 
 
 _BY_SETTING = {"learning_rate": "peak learning rate", "batch_size": "batch size [sentences]"}
