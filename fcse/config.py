@@ -83,7 +83,8 @@ class TrainConfig:
         objective = named(objective)
         objective = getattr(objective, "canonical", lambda: objective)()
         object.__setattr__(self, "objective", objective)
-        kept = tuple(on[key] for key in sorted(on) if on[key].on)
+        fitted = (on[key].fitted(self.encoder) for key in sorted(on))
+        kept = tuple(method for method in fitted if method.on)
         object.__setattr__(self, "methods", kept)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
@@ -319,7 +320,8 @@ what its name stood for, and what is off."""
 
 def renamed(setting: str) -> str | None:
     """What a setting of a method is called today, None where it had no other name."""
-    return f"{OLD[setting][0]}.{setting}" if setting in OLD else None
+    now = f"{OLD[setting][0]}.{setting}" if setting in OLD else setting
+    return {"cards.neighbours": "cards.k"}.get(now, now if setting in OLD else None)
 
 
 def recorded(record: Mapping[str, Any]) -> TrainConfig:
@@ -335,6 +337,10 @@ def recorded(record: Mapping[str, Any]) -> TrainConfig:
             value = record.pop(old, None)
             usual = stood_for if objective == method else off
             record[f"{method}.{old}"] = usual if value is None else value
+    if "cards.neighbours" in record:  # that did not count the sentence itself
+        others = record.pop("cards.neighbours")
+        record["cards.k"] = others + 1 if others else 0
+        record.setdefault("cards.readout", record.get("pooling", "cls"))
     parts = record["objective"].split("+")
     foreign = {}
     for part in [part for part in parts if f"{part}.printed" in record]:

@@ -166,6 +166,10 @@ class Recorded:
 
     begin = logits
 
+    def fitted(self, encoder: Any) -> "Recorded":
+        """The same: what depended on the encoder was decided."""
+        return self
+
     def check(self, config: Any) -> None:
         """A finished run has been checked."""
 
@@ -246,15 +250,18 @@ def key(value: Any) -> str:
 def name(value: Any) -> str:
     """What tables and figures print: the label, and each parameter that is not at its default.
 
-    Parameters are spelled as in the code, so that equal names mean equal losses."""
+    Parameters are spelled as in the code, so that equal names mean equal losses; or as `spelled`
+    has them, where the value has it."""
     if isinstance(value, Recorded):
         return value.printed
     label = getattr(value, "label", None) or type(value).__name__
     if type(value) not in OBJECTIVES.values() and label in map(_label, OBJECTIVES.values()):
         label = f"own {label}"
     defaults = {f.name: f.default for f in fields(value)}
+    spelled = getattr(value, "spelled", {})
     shown = {k: v for k, v in parameters(value).items() if v != defaults[k]}
-    return f"{label} ({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else label
+    said = [spelled.get(k, f"{k}={v}") for k, v in shown.items()]
+    return f"{label} ({', '.join(said)})" if said else label
 
 
 def _label(kind: type) -> str:

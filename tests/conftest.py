@@ -113,9 +113,9 @@ CONFIGS = {
 }
 
 
-def _word_pieces():
+def _word_pieces(cased=False):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -137,9 +137,9 @@ def _byte_pairs():
     return tokenizer, trainer, dict(zip(("cls", "pad", "sep", "unk", "mask"), special, strict=True))
 
 
-def make_tokenizer(text, byte_pairs=False):
+def make_tokenizer(text, byte_pairs=False, cased=False):
     """A fast tokenizer trained on `text`, without a length limit of its own."""
-    tokenizer, trainer, special = _byte_pairs() if byte_pairs else _word_pieces()
+    tokenizer, trainer, special = _byte_pairs() if byte_pairs else _word_pieces(cased)
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.post_processor = TemplateProcessing(
         single=f"{special['cls']} $A {special['sep']}",

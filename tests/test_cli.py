@@ -29,7 +29,7 @@ from fcse.study.report import load_runs, over_seeds, score_runs
 FLAGS = [
     *("recipe", "objective", "encoder", "corpus", "temperature", "m", "modulate", "pooling"),
     *("batch-size", "steps", "learning-rate", "seed", "precision", "output", "alpha"),
-    *("sscl.layers", "cards.neighbours", "cards.case-switch", "diffcse.detection"),
+    *("sscl.layers", "cards.k", "cards.case-switch", "diffcse.detection"),
     *("adap-acse.margin", "adap-acse.teacher", "ifnd.acceptance", "ifnd.cluster-steps"),
 ]
 SWITCHES = ["stop-gradient", "mask-duplicates", "checkpoints"]
@@ -277,11 +277,11 @@ FOCAL = FocalInfoNCE()
         ("--objective sscl", InfoNCE(), (SSCL(),)),
         ("--objective focal_info_nce+sscl", FOCAL, (SSCL(),)),
         ("--objective sscl --sscl.layers 2 --temperature 0.1", InfoNCE(0.1), (SSCL(2),)),
-        ("--sscl.layers 2", FOCAL, (SSCL(2),)),
+        ("--sscl.layers 1", FOCAL, (SSCL(1),)),
         ("--objective cards+sscl --sscl.layers=0", InfoNCE(), (CARDS(),)),
         ("--core-tuning.no-mixing", FOCAL, (CoreTuning(mixing=False),)),
         ("--core_tuning.no_focal_weight", FOCAL, (CoreTuning(focal_weight=False),)),
-        ("--ifnd.cluster-steps 5 --ifnd.clusters 9", FOCAL, (IFND(0.5, 9, 5),)),
+        ("--ifnd.cluster-steps 5 --ifnd.clusters 9", FOCAL, (IFND(1.0, 9, 5),)),
     ],
 )
 @pytest.mark.parametrize("start", ["minilm-short", "roberta-large-focal"])

@@ -10,13 +10,14 @@ from formulas import logit_and_slope, turned
 
 from fcse.config import TrainConfig
 from fcse.encoder import SentenceEncoder
-from fcse.losses import Columns, Own, chunked_loss, loss, similarity_matrix
+from fcse.losses import Columns, Own, chunked_loss, loss, repeats, similarity_matrix
 from fcse.methods import Batch, Sentences, Start
 from fcse.methods.adap_acse import AdapACSE, turn
 from fcse.methods.core_tuning import (
     MIN_NEGATIVE_WEIGHT,
     CoreTuning,
     FocalWeight,
+    among_mixtures,
     draws,
     mixed_pairs,
 )
@@ -290,3 +291,62 @@ def test_a_schedule_behind_the_weight_reaches_the_objective(weigh):
     weighed = weigh(FocalInfoNCE(0.05, 0.3))
     assert weighed.temperature == 0.05
     assert replace(weighed, temperature=0.1) == weigh(FocalInfoNCE(0.1, 0.3))
+
+
+def as_the_code_has_it(u, v, ids, lam, other, partners, temperature):
+    """The authors' order of operations in NumPy: their `feature_mixup` and `focal_SupConLoss`.
+
+    Returns: the loss, and its gradient by each mixture, (4 n, D), the positives behind."""
+    n = len(u)
+    features, both = np.concatenate([u, v]), np.concatenate([ids, ids])
+    unit_features = np.array([unit(x) for x in features])
+    similarity = unit_features @ unit_features.T
+    view = (np.arange(2 * n) + n) % (2 * n)
+    partners = np.where(partners == view, (partners + 1) % (2 * n), partners)
+    other = np.maximum(other, 0.8)
+    mixed = [(1 - a) * features[i] + a * features[partners[i]] for i, a in enumerate(other)]
+    for i, a in enumerate(lam):
+        hardest = np.where(both == both[i], -np.inf, similarity[i]).argmax()
+        mixed.append(a * features[view[i]] + (1 - a) * features[hardest])
+    candidates = np.array([unit(x) for x in (*features, *mixed)])
+    logits = candidates[: 2 * n] @ candidates.T / temperature
+    for i in range(2 * n):
+        left_out = (both == both[i]) & (np.arange(2 * n) != view[i])
+        logits[i, : 2 * n][left_out] = -np.inf  # itself, as theirs, and repeats, as everywhere here
+    log_p = logits[np.arange(2 * n), view] - np.log(np.exp(logits).sum(1))
+    return (-(1 - np.exp(log_p)) * log_p).mean()
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["no repeats", "repeats"])
+def test_the_way_of_the_code_is_their_order_of_operations(alike, tiny_model, sentences):
+    n = 5
+    u, v, *_ = batch(seed=6)
+    u, v = u[:n].clone().requires_grad_(), v[:n].clone().requires_grad_()
+    encoder = SentenceEncoder.from_pretrained(tiny_model("bert"))
+    settings = CoreTuning(way="code")
+    acting = [settings.begin(Start(TrainConfig(seed=2), encoder, None))]
+    ids = torch.tensor([0, 1, 2, 1, 4] if alike else range(n))
+    step = Batch(5, n, Sentences(np.arange(n), sentences[:n], [()] * n), ids=ids)
+    found = loss_of(InfoNCE(0.2), acting, nullcontext(), compare(step, 0, u, v))
+    weights = draws(2, 5, 2 * n)
+    lam, other, partners = (x.double().numpy() for x in weights)
+    arrays = (u.detach().numpy(), v.detach().numpy(), ids.numpy())
+    expected = as_the_code_has_it(*arrays, lam, other, partners.astype(int), 0.07)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_in_the_way_of_the_code_the_encoder_learns_through_mixtures_alone(tiny_model, sentences):
+    n = 5
+    u, v, *_ = batch(seed=6)
+    u, v = u[:n].clone().requires_grad_(), v[:n].clone().requires_grad_()
+    step = Batch(5, n, Sentences(np.arange(n), sentences[:n], [()] * n), ids=torch.arange(n))
+    compared = compare(step, 0, u, v)
+    many = among_mixtures(compared, *draws(2, 5, 2 * n))
+    assert not many.u.requires_grad
+    plain, mixed = many.v[: 2 * n].sum(), many.v[2 * n :].square().sum()
+    assert not torch.autograd.grad(plain, u, retain_graph=True)[0].any()
+    assert torch.autograd.grad(mixed, u)[0].any()
+    assert len(many.v) == 6 * n
+    ids = many.numbers()
+    left_out = repeats(ids, 2 * n, 6 * n)
+    assert left_out.sum() == 2 * n  # of every anchor itself, and no mixture

@@ -184,7 +184,7 @@ def test_methods_are_reached_by_their_names(grid):
     assert plan(runs).to_dict("records") == [
         {"contestant": name, "seeds": "4"}
         for name in (
-            *("Focal-InfoNCE + SSCL", "Focal-InfoNCE + SSCL (layers=2)"),
+            *("Focal-InfoNCE + SSCL (layers=1)", "Focal-InfoNCE + SSCL"),
             "InfoNCE + DiffCSE",
         )
     ]
@@ -310,7 +310,7 @@ def test_missing_data_is_said_before_the_first_training(tiny, tmp_path, capsys):
 
 
 def test_a_task_more_trains_again_only_where_the_weights_are_gone(grid, tiny, tmp_path):
-    (config,) = grid(f"{tiny}sscl.layers = 2\n[[runs]]").runs
+    (config,) = grid(f"{tiny}sscl.layers = 1\n[[runs]]").runs
     folder = Path(config.output)
     run_one(config, ["Lee"], keep_model=True)
     assert (folder / "model").is_dir()
@@ -327,7 +327,7 @@ def test_a_task_more_trains_again_only_where_the_weights_are_gone(grid, tiny, tm
     assert (folder / "run.json").stat().st_mtime_ns > before
     (row,) = results(tmp_path / "out").to_dict("records")
     shown = [row[name] for name in ("contestant", "objective", "sscl.layers", "m")]
-    assert shown == ["Focal-InfoNCE + SSCL (layers=2)", "focal_info_nce+sscl", 2, 0.3]
+    assert shown == ["Focal-InfoNCE + SSCL (layers=1)", "focal_info_nce+sscl", 1, 0.3]
 
 
 @pytest.mark.parametrize(("visible", "named"), [(None, "01"), ("4,7", "47")])

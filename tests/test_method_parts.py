@@ -118,7 +118,9 @@ def test_neighbours_kept_from_another_length_are_not_taken(tiny_model, tmp_path,
     for length in (32, 4):
         config = TrainConfig(max_length=length)
         corpus = TokenizedCorpus.load(tmp_path / "lines.txt", encoder, length)
-        found[length] = CARDS(2).begin(Start(config, encoder, corpus)).nearest
+        found[length] = (
+            CARDS(k=3, case_switch=0.0).begin(Start(config, encoder, corpus)).nearest[:, 1:]
+        )
         ids[length] = corpus.ids()
     same = ids[4][found[32]] == ids[4][:, None]
     assert same.any(), "cut to 4 tokens, neighbours of a whole sentence are that sentence again"
@@ -184,59 +186,76 @@ def test_each_neighbour_is_drawn_equally_often():
 
 
 def words(sentence):
-    return sentence.split()
+    return sentence.split(" ")
 
 
 def test_only_first_letters_change_and_only_their_case(sentences):
     texts = sentences[:100]
-    second = switched(texts, 0.5, seed=0, step=1)
+    second = switched(texts, 0.5, 2, seed=0, step=1)
     for before, after in zip(texts, second, strict=True):
         assert len(after) == len(before)
         for old, new in zip(words(before), words(after), strict=True):
             assert new in (old, old[0].swapcase() + old[1:])
     assert second != texts
-    assert switched(texts, 0, seed=0, step=1) == texts
-    every = switched(texts, 1, seed=0, step=1)
-    assert switched(every, 1, seed=0, step=1) == texts
+    assert switched(texts, 0, 2, seed=0, step=1) == texts
+    for variant in (1, 2):
+        every = switched(texts, 1, variant, seed=0, step=1)
+        assert switched(every, 1, variant, seed=0, step=1) == texts
+
+
+def changed(before, after):
+    return [old != new for old, new in zip(words(before), words(after), strict=True)]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.15, 0.5])
-def test_the_share_of_switched_words_is_as_asked(sentences, share):
-    pairs = [
-        pair
-        for before, after in zip(sentences, switched(sentences, share, 0, 0), strict=True)
-        for pair in zip(words(before), words(after), strict=True)
-        if pair[0][0].swapcase() != pair[0][0]
+def test_each_word_is_switched_with_the_probability_asked(sentences, share):
+    flips = [
+        flip
+        for before, after in zip(sentences, switched(sentences, share, 2, 0, 0), strict=True)
+        for word, flip in zip(words(before), changed(before, after), strict=True)
+        if word[0].swapcase() != word[0]
     ]
-    changed = sum(old != new for old, new in pairs)
-    assert abs(changed - share * len(pairs)) < 5 * np.sqrt(share * (1 - share) * len(pairs))
+    assert abs(sum(flips) - share * len(flips)) < 5 * np.sqrt(share * (1 - share) * len(flips))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_the_other_variant_takes_a_share_of_the_words_and_at_least_one(share):
+    texts = [" ".join(["word"] * n) for n in (1, 3, 10, 25)]
+    counts = [
+        sum(changed(*pair)) for pair in zip(texts, switched(texts, share, 1, 0, 0), strict=True)
+    ]
+    assert counts == [max(1, int(share * n)) for n in (1, 3, 10, 25)]
+    first = {
+        changed(texts[-1], switched(texts[-1:], share, 1, 0, s)[0]).index(True) for s in range(30)
+    }
+    assert len(first) > 1, "always the same words"
 
 
 def test_what_has_no_other_case_of_one_letter_stays():
-    text = '  Ein\tßtraße "Wort" 12th 東京  İzmir\n'
-    assert switch_case(text, 1, np.random.default_rng(0)) == text.replace("Ein", "ein")
+    text = 'Ein ßtraße "Wort" 12th 東京  İzmir'
+    assert switch_case(text, 1, 2, np.random.default_rng(0)) == text.replace("Ein", "ein")
 
 
 def test_switching_depends_on_seed_and_step_alone(sentences):
     texts = sentences[:16]
-    first = [switched(texts, 0.15, seed=1, step=step) for step in range(4)]
+    first = [switched(texts, 0.15, 2, seed=1, step=step) for step in range(4)]
     random.seed(5)
     np.random.seed(5)
-    assert switched(texts, 0.15, seed=1, step=3) == first[3]
+    assert switched(texts, 0.15, 2, seed=1, step=3) == first[3]
     assert len({tuple(view) for view in first}) == 4
-    assert switched(texts, 0.15, seed=2, step=3) != first[3]
+    assert switched(texts, 0.15, 2, seed=2, step=3) != first[3]
 
 
 @pytest.mark.parametrize("share", OUTSIDE)
 def test_a_share_of_words_outside_the_unit_interval_is_refused(share):
     with one_line_refusal("share of words .* between 0 and 1"):
-        switched(["one sentence"], share, seed=0, step=0)
+        switched(["one sentence"], share, 2, seed=0, step=0)
 
 
 def test_switching_changes_the_tokens_of_a_cased_vocabulary_only(tiny_model, sentences):
     cased, uncased = (AutoTokenizer.from_pretrained(tiny_model(n)) for n in ("roberta", "bert"))
     texts = [text for text in sentences[:60] if text.isascii()]
-    second = switched(texts, 0.5, seed=0, step=0)
+    second = switched(texts, 0.5, 2, seed=0, step=0)
     assert second != texts
     require_cased(cased)
     assert cased(second)["input_ids"] != cased(texts)["input_ids"]
@@ -323,17 +342,18 @@ def test_labels_depend_on_the_seed_alone():
     assert any((pseudo_labels(x, 12, 0.5, seed=seed) != first).any() for seed in range(3))
 
 
-def test_the_accepted_share_grows_linearly():
-    shares = [accepted(step, 10, 0.6) for step in range(11)]
-    np.testing.assert_allclose(shares, np.linspace(0, 0.6, 11))
-    assert shares[0] == 0
-    assert shares[-1] == 0.6
+def test_the_accepted_share_grows_evenly_and_is_reached():
+    for steps, every in ((11, 1), (100, 25), (101, 25), (6, 2)):
+        times = [step for step in range(1, steps) if step % every == 0]  # ahead of another step
+        shares = [accepted(step, steps, every, 0.6) for step in times]
+        np.testing.assert_allclose(shares, 0.6 * np.arange(1, len(times) + 1) / len(times))
+        assert shares[-1] == 0.6
 
 
 def test_acceptance_zero_keeps_nothing_at_any_step():
     x, _ = blobs()
     for step in (0, 5, 10):
-        assert (pseudo_labels(x, 4, accepted(step, 10, 0), seed=0) == -1).all()
+        assert (pseudo_labels(x, 4, accepted(step, 11, 1, 0), seed=0) == -1).all()
 
 
 @pytest.mark.parametrize("share", OUTSIDE)
@@ -341,7 +361,7 @@ def test_shares_of_labels_outside_the_unit_interval_are_refused(share):
     with one_line_refusal("share must lie between 0 and 1"):
         pseudo_labels(np.eye(4, dtype=np.float32), 2, share, seed=0)
     with one_line_refusal("acceptance must lie between 0 and 1"):
-        accepted(1, 10, share)
+        accepted(1, 10, 1, share)
 
 
 @pytest.mark.parametrize("clusters", [-1, 0, 1, 5])

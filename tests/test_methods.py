@@ -1,20 +1,28 @@
 """The methods in training: by name, together, switched off, after a kill, and from old records."""
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_refusal, train_until_interrupted
+from conftest import (
+    CONFIGS,
+    make_tokenizer,
+    one_line_refusal,
+    save_tiny_model,
+    train_until_interrupted,
+)
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from fcse import losses, methods, plots
 from fcse.config import TrainConfig, configured, recorded
 from fcse.encoder import SentenceEncoder
 from fcse.methods import Start
-from fcse.methods.adap_acse import AdapACSE
-from fcse.methods.cards import CARDS
+from fcse.methods.adap_acse import AdapACSE, Terms
+from fcse.methods.cards import CARDS, switched
 from fcse.methods.core_tuning import CoreTuning
 from fcse.methods.diffcse import DiffCSE
 from fcse.methods.ifnd import IFND
@@ -28,25 +36,25 @@ from fcse.training.batches import compare, items, loss_of, make_batch, views
 from fcse.training.corpora import TokenizedCorpus
 
 AUTHORS = {
-    "sscl": SSCL(layers=1),
-    "cards": CARDS(neighbours=8, case_switch=0.0),
+    "sscl": SSCL(layers=2),
+    "cards": CARDS("base", k=65, readout="mean", case_switch=0.05, variant=2),
     "diffcse": DiffCSE(detection=0.005),
-    "adap_acse": AdapACSE(margin=0.05),
-    "ifnd": IFND(acceptance=0.5),
+    "adap_acse": AdapACSE(margin=0.15, teacher="tf-idf"),
+    "ifnd": IFND(acceptance=1.0, clusters=100),
     "core_tuning": CoreTuning(focal_weight=True, mixing=True),
     "schedule": Schedule(FOCAL),
 }
 """What each name stands for."""
 OFF = {
     "sscl": {"sscl.layers": 0},
-    "cards": {"cards.neighbours": 0},
+    "cards": {"cards.k": 0, "cards.case_switch": 0.0},
     "diffcse": {"diffcse.detection": 0},
     "adap_acse": {"adap_acse.margin": 0, "adap_acse.teacher": "somewhere/else"},
     "ifnd": {"ifnd.acceptance": 0},
     "core_tuning": {"core_tuning.focal_weight": False, "core_tuning.mixing": False},
     "schedule": {"schedule.temperatures": ""},
 }
-TOGETHER = (SSCL(2), CARDS(3), IFND(0.8, clusters=5, cluster_steps=2))
+TOGETHER = (SSCL(2), CARDS(k=4), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""
 
 
@@ -76,7 +84,7 @@ def test_every_method_of_the_kit_has_its_authors_values():
 @pytest.mark.parametrize("name", AUTHORS)
 def test_a_name_stands_for_its_settings(config, name):
     by_name = replace(config, objective=name)
-    assert by_name.methods == (AUTHORS[name],)
+    assert by_name.methods == (AUTHORS[name].fitted(config.encoder),)
     assert by_name.objective == InfoNCE()
     assert by_name == replace(config, methods=(AUTHORS[name],))
     assert by_name.settings["objective"] == f"info_nce+{name}"
@@ -89,7 +97,7 @@ def test_a_name_stands_for_its_settings(config, name):
 @pytest.mark.parametrize("name", AUTHORS)
 def test_each_method_changes_what_is_learned(config, tmp_path, name, margin):
     # Two clusters and half a corpus a batch: three kept labels in it are enough for a pair.
-    small = {"ifnd": IFND(clusters=2, cluster_steps=1), "adap_acse": margin}
+    small = {"ifnd": IFND(clusters=2, cluster_steps=1), "adap_acse": margin, "cards": CARDS(k=8)}
     config = replace(config, batch_size=20)
     on = train(replace(config, methods=(small.get(name, AUTHORS[name]),)))
     assert on.losses != train(elsewhere(config, tmp_path, "plain")).losses
@@ -108,12 +116,30 @@ def test_a_report_sets_them_side_by_side(config, tmp_path):
     assert runs.set_index("name")["folder"].map(lambda path: path.name).to_dict() == {
         "InfoNCE": "plain",
         "Focal-InfoNCE": "focal",
-        "InfoNCE + SSCL": "sscl1",
-        "InfoNCE + SSCL (layers=2)": "sscl2",
+        "InfoNCE + SSCL (layers=1)": "sscl1",
+        "InfoNCE + SSCL": "sscl2",
         "Focal-InfoNCE + SSCL": "both",
     }
     assert runs["name"].tolist()[:2] == ["InfoNCE", "Focal-InfoNCE"]
     assert plots.style("Focal-InfoNCE + SSCL").colour != plots.style("Focal-InfoNCE").colour
+
+
+def test_the_teacher_tf_idf_knows_sentences_by_their_words(made, sentences):
+    terms = Terms(sentences)
+    x = terms.encode(sentences[:60]).astype(np.float64)
+    again = Terms(sentences).encode(sentences[:60])
+    np.testing.assert_array_equal(x.astype(np.float32), again)
+    counted = TfidfVectorizer(sublinear_tf=True, max_df=0.05).fit(sentences)
+    whole = counted.transform(sentences).toarray()
+    _, _, axes = np.linalg.svd(whole, full_matrices=False)
+    reduced = whole[:60] @ axes[:32].T  # Gram matrices know no signs of axes
+    np.testing.assert_allclose(x @ x.T, reduced @ reduced.T, atol=1e-4)
+    assert not terms.encode(["zzyzx"]).any()
+    with one_line_refusal("too few words for the teacher tf-idf: name an encoder"):
+        Terms(["one word", "one word"])
+    _, _, acting, batch = made(AdapACSE())
+    batch(1)
+    assert acting["adap_acse"].known.shape[0] == 8
 
 
 def test_they_combine_with_each_other_and_the_modulation(config, margin):
@@ -172,7 +198,8 @@ def test_plain_batches_hold_nothing_more(made):
 
 
 def test_retrieved_negatives_are_near_and_others(made):
-    encoder, corpus, _, batch = made(CARDS(3))
+    encoder, corpus, _, batch = made(CARDS(k=4, case_switch=0.0))
+    encoder.pooling = "mean"
     unit = corpus.embed(encoder).astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosines = unit @ unit.T
@@ -183,10 +210,26 @@ def test_retrieved_negatives_are_near_and_others(made):
     for step in range(1, 20):
         for row, (_, _, retrieved) in enumerate(items(batch(step))):
             found = token_ids.index(retrieved)
-            assert cosines[row, found] >= third[row] - 1e-3
+            assert found == row or cosines[row, found] >= third[row] - 1e-3
             drawn.add((row, found))
     assert len(drawn) > 8, "always the same neighbour"
-    assert items(made(CARDS(3))[-1](7)) == items(batch(7))
+    assert {(row, row) for row in range(8)} <= drawn, "the sentence itself is one of the k"
+    assert items(made(CARDS(k=4, case_switch=0.0))[-1](7)) == items(batch(7))
+
+
+def test_an_anchors_own_sentence_is_left_out_of_what_is_retrieved(made):
+    for masked in (True, False):
+        _, _, acting, batch = made(CARDS(k=2, case_switch=0.0), mask_duplicates=masked)
+        plain = batch(1)
+        rows = plain.sentences.rows.astype(int)
+        assert (rows[8:] == rows[:8]).any() and (rows[8:] != rows[:8]).any()
+        vectors = torch.eye(16)
+        compared = compare(plain, 0, vectors[:8], vectors[:8], vectors[8:])
+        extended = acting["cards"].loss(lambda extended: extended, compared)
+        left_out = losses.repeats(extended.numbers(), 8, 16)
+        expected = rows[:8, None] == rows[None, :]
+        np.fill_diagonal(expected, False)
+        np.testing.assert_array_equal(left_out.numpy(), expected)
 
 
 def test_labels_come_with_time_and_mask_their_pairs(made):
@@ -196,7 +239,7 @@ def test_labels_come_with_time_and_mask_their_pairs(made):
     assert method.labels is None
     method.before_step(5)
     labels = method.labels
-    assert (labels >= 0).sum() == int(0.8 * 4 / 6 * len(corpus))
+    assert (labels >= 0).sum() == int(0.8 * len(corpus)), "the last clustering of six steps"
     (ids,) = batch(5).labels
     for i in range(8):
         for j in range(8):
@@ -205,7 +248,7 @@ def test_labels_come_with_time_and_mask_their_pairs(made):
 
 
 def test_case_is_switched_in_the_second_view_alone(made, tiny_model):
-    encoder, _, _, batch = made(CARDS(0, case_switch=1.0), encoder=str(tiny_model("roberta")))
+    encoder, _, _, batch = made(CARDS(k=0, case_switch=1.0), encoder=str(tiny_model("roberta")))
     switched = batch(1)
     for sentence, (own, second) in zip(switched.sentences.texts, items(switched), strict=True):
         (plain,) = encoder.tokenize([sentence], 16)
@@ -213,6 +256,69 @@ def test_case_is_switched_in_the_second_view_alone(made, tiny_model):
         assert second != plain
         swapped = encoder.tokenizer.decode(second, skip_special_tokens=True)
         assert swapped.strip()[0] == sentence[0].swapcase()
+
+
+@pytest.fixture(scope="module")
+def cased_model(tmp_path_factory, sentences):
+    """A tiny BERT with a cased vocabulary of word pieces, of the packaged corpus."""
+    tokenizer = make_tokenizer(sentences, cased=True)
+    folder = tmp_path_factory.mktemp("cased") / "bert"
+    return save_tiny_model(CONFIGS["bert"](len(tokenizer)), tokenizer, folder)
+
+
+@pytest.mark.parametrize(("preset", "share", "variant"), [("base", 0.05, 2), ("large", 0.1, 1)])
+def test_a_cased_vocabulary_has_its_case_switched_as_the_authors_do(
+    preset, share, variant, made, cased_model
+):
+    config = TrainConfig(objective="cards", encoder=str(cased_model))
+    assert config.name == "InfoNCE + CARDS"
+    encoder, _, _, batch = made(CARDS(preset, k=4), encoder=str(cased_model), max_length=12)
+    longer = 0
+    for step in range(1, 9):
+        found = batch(step)
+        cut = [
+            encoder.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in found.sentences.token_ids[:8]
+        ]
+        texts = switched(cut, share, variant, seed=0, step=step)
+        expected = [encoder.tokenizer(text)["input_ids"] for text in texts]
+        assert [second for _, second, _ in items(found)] == expected
+        assert max(map(len, found.sentences.token_ids[:8])) <= 12
+        longer += sum(len(second) > 12 for second in expected)
+        if variant == 1:
+            assert all(a != b for a, b in zip(cut, texts, strict=True) if a[:1].isalpha())
+    assert longer, "cut once more"
+
+
+def test_without_a_case_it_is_said_to_be_retrieval_only(tiny_model):
+    for encoder in ("minilm", str(tiny_model("bert"))):
+        config = TrainConfig(objective="cards", encoder=encoder)
+        assert config.name == "InfoNCE + CARDS (retrieval only)"
+        assert config.settings["cards.case_switch"] == 0
+    assert TrainConfig(objective="cards", encoder="no/such/model").name == "InfoNCE + CARDS"
+    assert recorded(config.settings) == config
+
+
+def test_pairs_left_out_are_logged_and_a_run_without_any_says_so(config, tmp_path, capsys):
+    of_all = IFND(clusters=2, cluster_steps=2)
+    run = train(elsewhere(config, tmp_path, "all", methods=(of_all,)))
+    lines = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    left_out = [line["ifnd.left_out"] for line in lines if "loss" in line]
+    assert left_out[:2] == [0, 0]
+    assert min(left_out[4:]) >= 2 * 4 * 3, "eight sentences in two clusters"
+    assert run.record["remarks"] == []
+    assert "ifnd left out" not in capsys.readouterr().err
+    none = train(elsewhere(config, tmp_path, "none", methods=(replace(of_all, clusters=40),)))
+    (remark,) = none.record["remarks"]
+    assert re.match(r"ifnd left out 0\.\d\d pairs a step, next to nothing: lower ifnd", remark)
+    assert remark in capsys.readouterr().err
+
+
+def test_counts_go_on_after_a_kill(config, tmp_path):
+    config = replace(config, methods=(IFND(clusters=40, cluster_steps=2),))
+    undisturbed = train(elsewhere(config, tmp_path, "undisturbed"))
+    train_until_interrupted(config, 4)
+    assert train(config).record["remarks"] == undisturbed.record["remarks"] != []
 
 
 def test_lower_layers_go_through_the_same_head(made):
@@ -273,9 +379,9 @@ def test_the_loss_with_lower_layers_is_the_mean_of_two(made):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (CARDS(40), "k must be from 1 to"),
+        (CARDS(k=42), r"cards\.k must be at most \d+, the distinct sentences"),
         (IFND(clusters=41), r"ifnd\.clusters must be at most 40"),
-        (CARDS(0, 0.1), "needs a cased vocabulary"),
+        (CARDS(k=0, case_switch=0.1), "needs a cased vocabulary"),
         (AdapACSE(teacher="no/such/teacher"), "no/such/teacher"),
         (SSCL(3), r"sscl\.layers must be at most 2"),
     ],
@@ -297,6 +403,16 @@ def test_what_cannot_be_is_one_line(config, method, message):
         (
             {"diffcse.detection": 0.005, "micro_batch_size": 4},
             r"diffcse\.detection needs a batch in one pass",
+        ),
+        ({"cards.k": 1}, r"cards\.k must be at least 2, or 0 for no retrieval, got 1"),
+        ({"cards.variant": 3}, r"cards\.variant must be 1 or 2, got 3"),
+        ({"cards.readout": "max"}, r"unknown cards\.readout 'max': choose from cls, mean"),
+        ({"cards.preset": "small"}, r"unknown cards\.preset 'small': choose from base, large"),
+        ({"cards.case_switch": 2.0}, r"cards\.case_switch must lie between 0 and 1"),
+        ({"core_tuning.way": "own"}, r"unknown core_tuning\.way 'own': choose from paper, code"),
+        (
+            {"core_tuning.way": "code", "core_tuning.mixing": False},
+            r"core_tuning\.way code learns from mixtures alone",
         ),
         ({"ifnd.acceptance": 1.5}, r"ifnd\.acceptance must lie between 0 and 1"),
         ({"adap_acse.margin": 2.0}, r"adap_acse\.margin must be .* of at least 0 and below 1\.57"),
@@ -339,14 +455,26 @@ def old(config, objective, **changes):
     return config.settings | parameters | {"alpha": 9.0, "objective": objective} | NEUTRAL | changes
 
 
+def retrieval(k, case_switch=0.0):
+    """CARDS as it was: by the run's own pooling, and without the sentence itself among the k."""
+    return CARDS(k=k, readout="cls", case_switch=case_switch)
+
+
+STOOD_FOR = {
+    "sscl": SSCL(1),
+    "cards": retrieval(9),
+    "diffcse": DiffCSE(0.005),
+    "adap_acse": AdapACSE(0.05, "minilm"),
+    "ifnd": IFND(0.5, 500),
+    "core_tuning": CoreTuning(),
+}
+"""What each name stood for then."""
+
+
 @pytest.mark.parametrize(
     ("record", "objective", "on"),
     [
-        *(
-            ({"objective": name}, InfoNCE(), (value,))
-            for name, value in AUTHORS.items()
-            if name != "schedule"
-        ),
+        *(({"objective": name}, InfoNCE(), (value,)) for name, value in STOOD_FOR.items()),
         ({"objective": "info_nce"}, InfoNCE(), ()),
         ({"objective": "focal_info_nce", "m": 0.1, "alpha": 2.0}, FocalInfoNCE(m=0.1), ()),
         ({"objective": "hardness_info_nce", "alpha": 2.0}, HardnessInfoNCE(alpha=2.0), ()),
@@ -354,13 +482,13 @@ def old(config, objective, **changes):
         ({"objective": "info_nce", "layers": 2}, InfoNCE(), (SSCL(2),)),
         ({"objective": "sscl", "layers": 2, "temperature": 0.1}, InfoNCE(0.1), (SSCL(2),)),
         ({"objective": "sscl", "layers": 0}, InfoNCE(), ()),
-        ({"objective": "info_nce", "neighbours": 3}, InfoNCE(), (CARDS(3),)),
-        ({"objective": "info_nce", "case_switch": 0.2}, InfoNCE(), (CARDS(0, 0.2),)),
-        ({"objective": "cards", "case_switch": 0.2}, InfoNCE(), (CARDS(8, 0.2),)),
+        ({"objective": "info_nce", "neighbours": 3}, InfoNCE(), (retrieval(4),)),
+        ({"objective": "info_nce", "case_switch": 0.2}, InfoNCE(), (retrieval(0, 0.2),)),
+        ({"objective": "cards", "case_switch": 0.2}, InfoNCE(), (retrieval(9, 0.2),)),
         ({"objective": "info_nce", "detection": 0.1}, InfoNCE(), (DiffCSE(0.1),)),
         ({"objective": "diffcse", "generator": "x"}, InfoNCE(), (DiffCSE(generator="x"),)),
-        ({"objective": "info_nce", "margin": 0.1}, InfoNCE(), (AdapACSE(0.1),)),
-        ({"objective": "adap_acse", "teacher": "x"}, InfoNCE(), (AdapACSE(teacher="x"),)),
+        ({"objective": "info_nce", "margin": 0.1}, InfoNCE(), (AdapACSE(0.1, "minilm"),)),
+        ({"objective": "adap_acse", "teacher": "x"}, InfoNCE(), (AdapACSE(0.05, "x"),)),
         (
             {"objective": "ifnd", "clusters": 5, "cluster_steps": 2},
             InfoNCE(),
@@ -371,12 +499,12 @@ def old(config, objective, **changes):
         (
             {"objective": "focal_info_nce", "layers": 1, "neighbours": 3, "acceptance": 0.5},
             FocalInfoNCE(),
-            (CARDS(3), IFND(0.5), SSCL()),
+            (retrieval(4), IFND(0.5, 500), SSCL(1)),
         ),
         (
             {"objective": "sscl", "margin": 0.1, "focal_weight": True, "detection": 0.1},
             InfoNCE(),
-            (AdapACSE(0.1), CoreTuning(mixing=False), DiffCSE(0.1), SSCL()),
+            (AdapACSE(0.1, "minilm"), CoreTuning(mixing=False), DiffCSE(0.1), SSCL(1)),
         ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
@@ -387,24 +515,25 @@ def test_a_record_of_before_methods_had_settings_is_read(record, objective, on):
 
 
 def test_a_run_of_before_methods_had_settings_is_loaded(config, tmp_path):
-    run = train(replace(config, methods=(SSCL(),)))
+    run = train(replace(config, methods=(SSCL(1),)))
     path = run.folder / "run.json"
     record = json.loads(path.read_text())
     record["config"] = old(config, "sscl", temperature=0.05)
     path.write_text(json.dumps(record))
     assert load_run(run.config).losses == run.losses
-    assert load_runs(tmp_path)["name"].tolist() == ["InfoNCE + SSCL"]
+    assert load_runs(tmp_path)["name"].tolist() == ["InfoNCE + SSCL (layers=1)"]
     with one_line_refusal(r"another run .*sscl\.layers"):
         load_run(replace(run.config, methods=(SSCL(2),)))
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
-def test_a_setting_by_its_old_name_is_refused_with_the_new_one(name, tmp_path):
+@pytest.mark.parametrize("old_name", NEUTRAL)
+def test_a_setting_by_its_old_name_is_refused_with_the_new_one(old_name, tmp_path):
+    name = {"neighbours": "k"}.get(old_name, old_name)
     (method,) = [key for key, value in AUTHORS.items() if hasattr(value, name)]
     with one_line_refusal(f"write {method}.{name}$"):
-        configured(TrainConfig(), {name: 1})
+        configured(TrainConfig(), {old_name: 1})
     path = tmp_path / "grid.toml"
-    for text in (f"{name} = 1\n[[runs]]\nseed = 0", f"[[runs]]\n{name} = 1"):
+    for text in (f"{old_name} = 1\n[[runs]]\nseed = 0", f"[[runs]]\n{old_name} = 1"):
         path.write_text(text)
         with one_line_refusal(f"write {method}.{name}"):
             read_grid(path, tmp_path / "grid")

@@ -37,7 +37,7 @@ METHODS = st.fixed_dictionaries(
     {},
     optional={
         "sscl": st.builds(SSCL, st.integers(0, 3)),
-        "cards": st.builds(CARDS, st.sampled_from([0, 8, 64]), SHARE),
+        "cards": st.builds(CARDS, k=st.sampled_from([0, 8, 64]), case_switch=SHARE),
         "diffcse": st.builds(DiffCSE, st.sampled_from([0.0, 0.005, 1.0]), st.none()),
         "adap_acse": st.builds(AdapACSE, SHARE, st.sampled_from(["minilm", "other"])),
         "ifnd": st.builds(IFND, SHARE, st.sampled_from([5, 500]), st.sampled_from([None, 9])),
@@ -172,10 +172,10 @@ def test_classes_of_one_name_that_do_other_things_are_two_rows(tmp_path, part, o
 
 def test_names_spell_parameters_as_the_code_does():
     focal = FocalInfoNCE(0.1, modulate="negative", stop_gradient=True)
-    config = TrainConfig(objective=focal, methods=(SSCL(2), CARDS(neighbours=4)))
+    config = TrainConfig(objective=focal, methods=(SSCL(2), CARDS(k=4, case_switch=0.0)))
     assert config.name == (
         "Focal-InfoNCE (temperature=0.1, modulate=negative, stop_gradient=True) "
-        "+ CARDS (neighbours=4) + SSCL (layers=2)"
+        "+ CARDS (k=4, retrieval only) + SSCL"
     )
     assert TrainConfig().name == "Focal-InfoNCE"
     assert TrainConfig(objective=InfoNCE(1)).name == "InfoNCE (temperature=1.0)"

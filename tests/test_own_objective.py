@@ -285,5 +285,5 @@ def test_its_parameters_are_its_own():
 
 def test_it_goes_with_the_kits_methods(config):
     run = train(replace(config, objective=Mine(0.1), methods=(SSCL(2), CoreTuning(mixing=False))))
-    assert run.config.name == "Mine (gamma=0.1) + Core-tuning (mixing=False) + SSCL (layers=2)"
+    assert run.config.name == "Mine (gamma=0.1) + Core-tuning (mixing=False) + SSCL"
     assert read_run(run.folder).config.methods == run.config.methods

@@ -95,8 +95,9 @@ def still_config(tiny_config, still_model, corpus, tmp_path):
 
 METHODS = {
     "objective": "focal_info_nce+sscl",
-    "cards.neighbours": 3,
+    "cards.k": 4,
     "adap_acse.margin": 0.1,
+    "adap_acse.teacher": "minilm",
     "ifnd.acceptance": 0.5,
     "ifnd.clusters": 4,
     "ifnd.cluster_steps": 1,

@@ -90,12 +90,12 @@ def test_losses_that_differ_in_a_method_alone_are_two_rows(folder):
         path = folder / f"info_nce-{seed}/run.json"
         rewrite(path, objective="info_nce+sscl", **{"sscl.layers": layers})
     runs = load_runs(folder)
-    assert runs["name"].tolist()[-2:] == ["InfoNCE + SSCL", "InfoNCE + SSCL (layers=2)"]
+    assert runs["name"].tolist()[-2:] == ["InfoNCE + SSCL", "InfoNCE + SSCL (layers=1)"]
     assert set(runs["settings"]) == {""}
     summary = over_seeds(runs.assign(task="A", score=range(5)))
     assert summary.set_index("name")["seeds"].to_dict() == {
         **{"Focal-InfoNCE": 2, HALF: 1},
-        **{"InfoNCE + SSCL": 1, "InfoNCE + SSCL (layers=2)": 1},
+        **{"InfoNCE + SSCL": 1, "InfoNCE + SSCL (layers=1)": 1},
     }
 
 
@@ -108,7 +108,9 @@ def test_an_old_record_is_shown_by_today_s_names(folder):
         **{"focal_weight": None, "mixing": None},
     }
     rewrite(folder / "half/run.json", **old)
-    assert load_runs(folder)["name"].tolist()[-1] == "InfoNCE + AdapACSE (margin=0.1)"
+    assert (
+        load_runs(folder)["name"].tolist()[-1] == "InfoNCE + AdapACSE (margin=0.1, teacher=minilm)"
+    )
 
 
 def test_scores_are_those_of_the_kept_model_and_are_kept(folder):

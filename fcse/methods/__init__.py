@@ -9,7 +9,8 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -202,6 +203,14 @@ class Moments:
     def after_step(self, step: int) -> None:
         """Act after the optimiser has stepped."""
 
+    def counted(self, batch: Batch) -> dict[str, float]:
+        """Numbers of a step to log beside its loss, by names of this method's own."""
+        return {}
+
+    def remark(self) -> str:
+        """What a trained run is to say of itself, such as that the method did nothing in it."""
+        return ""
+
     def state(self) -> "dict[str, Tensor]":
         """What a resumed run must remember beside `module`: tensors by name."""
         return {}
@@ -237,6 +246,10 @@ class Method:
 
         That is: no more than `receive`, `turn` and `objective`, and nothing of the corpus."""
         return False
+
+    def fitted(self, encoder: str | Path) -> Self:
+        """These settings with what depends on the encoder decided."""
+        return self
 
     def check(self, config: Any) -> None:
         """Raise InputError where the rest of a config does not go with it, in one line."""

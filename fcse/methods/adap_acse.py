@@ -6,36 +6,52 @@ teacher finds the two sentences: with theta = arccos(s) > margin and the teacher
 negative's s gives way to s' = cos(theta - (1 - t) margin). As in their code s' jumps at theta =
 margin.
 
-Where this differs from the authors:
-- Both of their scripts take a margin of 0.15.
-- Theirs distils from CLIP and sizes the margin in its cross-modal terms; text against text gets
-  the whole margin. Here the teacher sizes it in text.
-- The teacher is an encoder read out by the mean over tokens."""
+Both of their released scripts take a margin of 0.15.
+Where this differs from their code:
+- Theirs distils from CLIP, and its teacher sizes the margin in the cross-modal terms only, of a
+  text against pictures and against CLIP's own texts; text against text gets the whole margin. Here
+  there are no pictures, and the teacher sizes it in text.
+- The teacher is no CLIP. By default it is the words that sentences share: TF-IDF of the corpus,
+  reduced by a singular value decomposition, which has seen no supervision. Or it is an encoder,
+  read out by the mean over tokens. Where that is the student's own backbone, as with the packaged
+  encoder, it says little: it finds nearly all pairs equally unlike."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from fcse.data import corpus_reader
+from fcse.errors import InputError
 from fcse.methods import Batch, Comparison, Method, Moments, Start
 from fcse.objectives import require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fcse.encoder.sentence_encoder import SentenceEncoder
     from fcse.losses import Turn
+
+TERMS = "tf-idf"
+"""The teacher that needs no model."""
+
+_COMMON = 0.05
+"""Words in more than this share of the sentences say nothing of what a sentence is about."""
 
 
 @dataclass(frozen=True)
 class AdapACSE(Method):
     """Settings of AdapACSE (Nguyen et al. 2024)."""
 
-    margin: float = 0.05
+    margin: float = 0.15
     """Radians, 0 to below pi/2, by which negatives the teacher finds unlike come closer; 0 turns it
     off."""
-    teacher: str = "minilm"
-    """Encoder whose mean readout sizes the margin: minilm, a model folder or a hub name."""
+    teacher: str = TERMS
+    """What sizes the margin: tf-idf of the corpus, or an encoder's mean readout: minilm, a model
+    folder or a hub name."""
 
     label = "AdapACSE"
     switches = ("margin",)
@@ -45,28 +61,55 @@ class AdapACSE(Method):
         require("adap_acse.margin", self.margin, below=math.pi / 2)
 
     def begin(self, start: Start) -> Moments:
-        """Load the teacher; raise InputError where it is not there."""
+        """Load or fit the teacher; raise InputError where it is not there."""
+        if self.teacher == TERMS:
+            return _Margin(self.margin, Terms(corpus_reader(start.config.corpus)()).encode)
+        from fcse import processes
         from fcse.encoder.sentence_encoder import SentenceEncoder
 
         teacher = SentenceEncoder.from_pretrained(self.teacher, "mean").eval()
-        return _Margin(self.margin, teacher.to(start.encoder.device))
+        teacher.to(start.encoder.device)
+        return _Margin(self.margin, partial(processes.encode, teacher))
 
     def files(self) -> tuple[str, ...]:
-        """The teacher."""
-        return (self.teacher,)
+        """The teacher, where it is a model."""
+        return () if self.teacher == TERMS else (self.teacher,)
+
+
+class Terms:
+    """Sentences by the words they hold: TF-IDF, reduced by a truncated SVD (latent semantics).
+
+    Vectors come from the corpus alone; the same corpus gives the same vectors on one machine."""
+
+    def __init__(self, sentences: Iterable[str], dimensions: int = 32) -> None:
+        """Fit the corpus: its first 100,000 sentences. InputError: they hold too few words."""
+        from sklearn.decomposition import TruncatedSVD  # takes a second
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        known = list(islice(sentences, 100_000))
+        self._weights = TfidfVectorizer(sublinear_tf=True, max_df=_COMMON, dtype=np.float32)
+        try:
+            counted = self._weights.fit_transform(known)
+            most = min(dimensions, min(counted.shape) - 1)
+            self._reduced = TruncatedSVD(most, algorithm="arpack", random_state=0).fit(counted)
+        except ValueError:
+            said = "the corpus has too few words for the teacher tf-idf"
+            raise InputError(f"{said}: name an encoder as adap_acse.teacher") from None
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """(n, D) float32, of any length; zero for a sentence without a known word."""
+        return self._reduced.transform(self._weights.transform(sentences)).astype(np.float32)
 
 
 class _Margin(Moments):
-    def __init__(self, margin: float, teacher: "SentenceEncoder") -> None:
+    def __init__(self, margin: float, teacher: Callable[[Sequence[str]], np.ndarray]) -> None:
         self.margin, self.teacher = margin, teacher
         self.known: Tensor | None = None
 
     def receive(self, batch: Batch) -> None:
         import torch
 
-        from fcse import processes
-
-        self.known = torch.from_numpy(processes.encode(self.teacher, batch.sentences.texts))
+        self.known = torch.from_numpy(self.teacher(batch.sentences.texts))
 
     def turn(self, compared: Comparison) -> "Turn":
         import torch

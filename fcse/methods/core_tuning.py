@@ -1,23 +1,32 @@
 """Core-tuning: solved rows count less, and pairs are mixed to be harder.
 
-Source: Zhang et al., NeurIPS 2021 (arXiv 2102.06605), for supervised fine-tuning of image models.
-The loss of a row is -(1 - p) log p, p the softmax probability of its positive. Beside it stands
-the loss with a harder positive, lam v_i + (1 - lam) v_j, j the hardest negative of anchor i; in
-both the row has a harder negative more, lam' v_k + (1 - lam') u_i, k a random negative. lam and
-lam' are drawn from Beta(1, 1), lam' is at least 0.8.
+Source: Zhang et al., NeurIPS 2021 (arXiv 2102.06605), for supervised fine-tuning of image models,
+and their code. The loss of a row is -(1 - p) log p, p the softmax probability of its positive.
+Harder pairs are mixed from a row's own: a harder positive, lam v_i + (1 - lam) v_j, j the hardest
+negative of anchor i, and a harder negative, lam' v_k + (1 - lam') u_i, k a random one. lam and lam'
+are drawn from Beta(1, 1), lam' is at least 0.8. There are two ways to use them:
 
-Where this differs from the authors:
-- Their code mixes the features of the encoder, ahead of the projection; this mixes unit embeddings.
-- Mixed vectors are candidates of their own anchor only. There they are further anchors of a
-  supervised contrastive loss, positives of one sentence with labels of their own.
-- They detach the unmixed features: the encoder learns through mixtures alone. Here gradients flow
-  through both parts of a mixture, and through what is not mixed.
-- A draw that is a false negative of its anchor is left out. They keep it.
-- Their temperature is 0.07, here it is that of the run's objective.
-- They add the loss to a classification loss. There is none here."""
+"paper", a reading of the paper, not its code: beside the loss stands the same with the harder
+positive in the place of v_i; in both the row has its own harder negative more. Gradients flow
+through all of it, and the temperature is the objective's.
+
+"code", as their code has it: every unmixed vector of both views is an anchor, its other view the
+one positive. All other unmixed vectors and all mixtures are in its denominator, the harder
+positives too: their labels are of their own there, which makes them negatives. The unmixed vectors
+are detached, so that the encoder learns by pushing mixtures away alone, and the temperature is
+0.07. Their classification loss, which does the rest there, has no counterpart here.
+
+Where the way of the code differs from their code:
+- They mix the features of the encoder ahead of the projection. Here it is after the head.
+- Their search for the harder positive takes the least similar of the class among all products, in
+  which those of other classes are 0; with one positive it finds a wrong sentence or none. Here it
+  is the other view.
+- Their mean counts all columns, which divides the loss by their number. Here it is over anchors.
+- Their random partner may be the vector itself or its positive. Here it is of another sentence.
+In both ways they add the loss to a classification loss. There is none here."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,6 +35,9 @@ from fcse.methods import Comparison, Loss, Method, Moments, Start
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TEMPERATURE = 0.07
+"""Of the authors' code."""
 
 MIN_NEGATIVE_WEIGHT = 0.8
 """The least share of the drawn negative in a mixed one, as in the authors' code."""
@@ -39,9 +51,19 @@ class CoreTuning(Method):
     """Weigh a row's loss by 1 - its positive's probability."""
     mixing: bool = True
     """Add harder positives and negatives, mixed from a row's own."""
+    way: Literal["paper", "code"] = "paper"
+    """How mixtures are used: a reading of the paper, or as the authors' code has it."""
 
     label = "Core-tuning"
     switches = ("focal_weight", "mixing")
+
+    def __post_init__(self) -> None:
+        if self.way not in ("paper", "code"):
+            raise InputError(f"unknown core_tuning.way {self.way!r}: choose from paper, code")
+        if self.way == "code" and self.focal_weight and not self.mixing:
+            raise InputError(
+                "core_tuning.way code learns from mixtures alone: set core_tuning.mixing to true"
+            )
 
     @property
     def by_matrix(self) -> bool:
@@ -50,10 +72,10 @@ class CoreTuning(Method):
 
     def check(self, config: Any) -> None:
         """Raise InputError where another method adds negatives for all rows."""
-        others = {"sscl": "layers", "cards": "neighbours"}
+        others = {"sscl": "layers", "cards": "k"}
         for other in config.methods:
             setting = others.get(other.key)
-            if self.mixing and setting and getattr(other, setting):
+            if self.mixing and setting and getattr(other, setting) != 0:
                 raise InputError(
                     f"core_tuning.mixing takes each row's own negatives, {other.key}.{setting} "
                     f"adds some for all rows: set core_tuning.mixing to false, or "
@@ -76,6 +98,8 @@ class _Harder(Moments):
         self.settings, self.seed = settings, seed
 
     def objective(self, step: int, objective: Any) -> Any:
+        if self.settings.way == "code" and hasattr(objective, "temperature"):
+            objective = replace(objective, temperature=TEMPERATURE)
         return FocalWeight(objective) if self.settings.focal_weight else objective
 
     def loss(self, value: Loss, compared: Comparison) -> "Tensor":
@@ -83,6 +107,9 @@ class _Harder(Moments):
 
         if not self.settings.mixing:
             return value(compared)
+        if self.settings.way == "code":
+            size = 2 * compared.batch.size
+            return value(among_mixtures(compared, *draws(self.seed, compared.batch.step, size)))
         lam, other, columns = draws(self.seed, compared.batch.step, len(compared.u))
         positive, negative = mixed_pairs(
             compared.u, compared.v, lam, other, columns, compared.numbers()
@@ -182,6 +209,47 @@ def mixed_pairs(
         raise ValueError(f"a negative weight needs negative_columns, ({len(u)},) int64")
     share = torch.as_tensor(negative_weight).clamp_min(MIN_NEGATIVE_WEIGHT)
     return positive, _mix(v[negative_columns.to(v.device)], u, share)
+
+
+def among_mixtures(
+    compared: Comparison, positive_weight: "Tensor", negative_weight: "Tensor", partners: "Tensor"
+) -> Comparison:
+    """What the authors' code compares: 2 N detached vectors with each other and with 4 N mixtures.
+
+    Args:
+        compared: N anchors and their N other views, in one process.
+        positive_weight, negative_weight: (2 N,) float, lam and lam' of each vector of both views;
+            below `MIN_NEGATIVE_WEIGHT` lam' is raised to it.
+        partners: (2 N,) int64, the vector that each is mixed with; the next one, where that is of
+            its own sentence."""
+    import torch
+
+    from fcse.losses import similarity_matrix
+
+    n = len(compared.u)
+    v, ids = compared.v[:n], compared.ids[:n]
+    vectors = torch.cat([compared.u, v])
+    both, device = torch.cat([ids, ids]), vectors.device
+    other_view = torch.arange(2 * n, device=device).roll(n)
+    partners = partners.to(device)
+    partners = torch.where(partners == other_view, (partners + 1) % (2 * n), partners)
+    with torch.autocast(device.type, enabled=False):
+        sim = similarity_matrix(vectors.detach(), vectors.detach())
+    hardest = sim.masked_fill(both[:, None] == both, -2).argmax(dim=1)
+    lam = negative_weight.to(vectors).clamp_min(MIN_NEGATIVE_WEIGHT)[:, None]
+    harder_negative = lam * vectors[partners] + (1 - lam) * vectors
+    lam = positive_weight.to(vectors)[:, None]
+    harder_positive = lam * vectors[other_view] + (1 - lam) * vectors[hardest]
+    of = torch.cat([compared.of[:n], compared.of[:n]])
+    anchors = replace(
+        compared,
+        u=vectors.detach(),
+        v=torch.cat([v, compared.u]).detach(),
+        of=of,
+        ids=both,
+        always=compared.always[:n].repeat(2),
+    )
+    return anchors.more(torch.cat([harder_negative, harder_positive]))
 
 
 def _mix(a: "Tensor", b: "Tensor", weight: "Tensor | float") -> "Tensor":

@@ -3,11 +3,16 @@
 Source: Chen et al., ACL 2023 (arXiv 2305.06154), with their code. The layers of an encoder grow
 alike, so that the last one says little that the one below does not; pushing an anchor away from
 the lower layers' vectors of both views makes it say more. The loss is the mean of the plain one
-and of that with those vectors among the negatives, after the same head.
+and of that with those vectors among the negatives, after the same head. Each layer brings 2N
+columns, those of the anchor's own sentence among them.
 
-Where this differs from the authors:
-- They take two layers by default, here it is one.
-- Their scripts pool by the mean, here a run's own pooling is taken."""
+Their scripts take two layers, batches of 64, a learning rate of 3e-5 and 32 tokens.
+Where this differs from their code:
+- Their scripts pool by the mean over tokens, here a run's own pooling is taken, for the lower
+  layers too.
+- Negatives that are the anchor's own sentence again are left out of the plain columns, as in every
+  run (`mask_duplicates`). They keep them.
+- With several processes, columns of the others carry gradients. Theirs do not."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 class SSCL(Method):
     """Settings of SSCL (Chen et al. 2023)."""
 
-    layers: int = 1
+    layers: int = 2
     """Layers below the last whose vectors join as negatives, >= 0; 0 turns it off."""
 
     label = "SSCL"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -128,7 +129,12 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
         loss = processes.mean(loss)
         processes.average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        unread.append(_Reading(step, learning_rate, batch, loss, norm))
+        counted = {
+            f"{key}.{name}": value
+            for key, method in run.acting.items()
+            for name, value in method.counted(batch).items()
+        }
+        unread.append(_Reading(step, learning_rate, batch, loss, norm, counted))
         scored = step % config.eval_steps == 0 or step == config.steps
         # A GPU goes on with this step while the numbers of the one before are read.
         while len(unread) > (world.device.type == "cuda" and not scored):
@@ -157,6 +163,8 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
             callback(step, run.encoder)
     if first:
         _finish(folder, run, progress)
+        for remark in filter(None, (method.remark() for method in acting)):
+            tqdm.write(f"{config.run_name}: {remark}", file=sys.stderr)
     world.wait_for_everyone()
 
 
@@ -164,9 +172,16 @@ class _Reading:
     """A step's loss and gradient norm on their way from the device."""
 
     def __init__(
-        self, step: int, learning_rate: float, batch: Batch, loss: Tensor, norm: Tensor
+        self,
+        step: int,
+        learning_rate: float,
+        batch: Batch,
+        loss: Tensor,
+        norm: Tensor,
+        counted: dict[str, float],
     ) -> None:
         self.step, self.learning_rate, self.batch = step, learning_rate, batch
+        self.counted = counted
         self.values = torch.stack([loss, norm]).to("cpu", non_blocking=True)
         self.arrived = torch.cuda.Event() if loss.is_cuda else None
         if self.arrived is not None:
@@ -184,7 +199,8 @@ class _Reading:
                 f"learning rate; its sentences are in {path}, the last good state is that of step "
                 f"{next(iter(folder.states()), 0)}"
             )
-        return {"step": self.step, "loss": loss, "learning_rate": self.learning_rate}
+        said = {"step": self.step, "loss": loss, "learning_rate": self.learning_rate}
+        return said | self.counted
 
 
 def _prepare(config: TrainConfig) -> _Run:
@@ -223,6 +239,7 @@ def _finish(folder: RunFolder, run: _Run, progress: Progress) -> None:
         scores=progress.kept_scores,
         corpus={"sentences": len(run.corpus), "sha256": run.corpus.sha256},
         masked_pairs=progress.masked_pairs,
+        remarks=[said for method in run.acting.values() if (said := method.remark())],
         weights={"first": run.first_weights, "last": weights_hash(run.encoder.backbone)},
     )
 
