@@ -1,7 +1,6 @@
 """The methods in training: by name, together, switched off, after a kill, and from old records."""
 
 import json
-import re
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -286,7 +285,7 @@ def test_a_cased_vocabulary_has_its_case_switched_as_the_authors_do(
         assert max(map(len, found.sentences.token_ids[:8])) <= 12
         longer += sum(len(second) > 12 for second in expected)
         if variant == 1:
-            assert all(a != b for a, b in zip(cut, texts, strict=True) if a[:1].isalpha())
+            assert sum(a != b for a, b in zip(cut, texts, strict=True)) > 4
     assert longer, "cut once more"
 
 
@@ -308,14 +307,14 @@ def test_pairs_left_out_are_logged_and_a_run_without_any_says_so(config, tmp_pat
     assert min(left_out[4:]) >= 2 * 4 * 3, "eight sentences in two clusters"
     assert run.record["remarks"] == []
     assert "ifnd left out" not in capsys.readouterr().err
-    none = train(elsewhere(config, tmp_path, "none", methods=(replace(of_all, clusters=40),)))
+    none = train(elsewhere(config, tmp_path, "none", methods=(replace(of_all, acceptance=0.02),)))
     (remark,) = none.record["remarks"]
-    assert re.match(r"ifnd left out 0\.\d\d pairs a step, next to nothing: lower ifnd", remark)
+    assert remark.startswith("ifnd left out 0.00 pairs a step, next to nothing: lower ifnd.clust")
     assert remark in capsys.readouterr().err
 
 
 def test_counts_go_on_after_a_kill(config, tmp_path):
-    config = replace(config, methods=(IFND(clusters=40, cluster_steps=2),))
+    config = replace(config, methods=(IFND(0.02, clusters=2, cluster_steps=2),))
     undisturbed = train(elsewhere(config, tmp_path, "undisturbed"))
     train_until_interrupted(config, 4)
     assert train(config).record["remarks"] == undisturbed.record["remarks"] != []
