@@ -305,7 +305,7 @@ OLD: dict[str, tuple[str, Any, Any]] = {
     "neighbours": ("cards", 8, 0),
     "case_switch": ("cards", 0.0, 0.0),
     "detection": ("diffcse", 0.005, 0.0),
-    "generator": ("diffcse", None, None),
+    "generator": ("diffcse", "unigrams", "unigrams"),
     "margin": ("adap_acse", 0.05, 0.0),
     "teacher": ("adap_acse", "minilm", "minilm"),
     "acceptance": ("ifnd", 0.5, 0.0),
@@ -337,6 +337,9 @@ def recorded(record: Mapping[str, Any]) -> TrainConfig:
             value = record.pop(old, None)
             usual = stood_for if objective == method else off
             record[f"{method}.{old}"] = usual if value is None else value
+    if "diffcse.generator" in record and "diffcse.batch_norm" not in record:
+        record["diffcse.generator"] = record["diffcse.generator"] or "unigrams"
+        record |= {"diffcse.batch_norm": False, "diffcse.all_positions": False}
     if "cards.neighbours" in record:  # that did not count the sentence itself
         others = record.pop("cards.neighbours")
         record["cards.k"] = others + 1 if others else 0

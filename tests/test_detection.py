@@ -50,27 +50,35 @@ def padded(encoder, texts):
 def masked(encoder, ids, share, seed):
     tokenizer = encoder.tokenizer
     torch.manual_seed(seed)
-    return mask(ids, share, tokenizer.all_special_ids, tokenizer.mask_token_id)
+    return mask(ids, share, tokenizer.all_special_ids, tokenizer.mask_token_id, len(tokenizer))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.15, MASK_SHARE, 0.5, 1.0])
 @every_architecture
-def test_a_share_of_the_tokens_is_masked_and_none_of_the_special(encoder, texts, share):
+def test_chosen_tokens_are_masked_and_none_of_the_special(encoder, texts, share):
     ids = padded(encoder, texts)
-    changed, which = masked(encoder, ids, share, seed=1)
-    special = set(encoder.tokenizer.all_special_ids)
-    for row, after, chosen in zip(ids.tolist(), changed.tolist(), which.tolist(), strict=True):
-        maskable = [token not in special for token in row]
-        count = sum(maskable)
-        assert sum(chosen) == (max(1, round(share * count)) if count else 0)
-        assert not any(c and not m for c, m in zip(chosen, maskable, strict=True))
-        expected = [
-            encoder.tokenizer.mask_token_id if c else token
-            for c, token in zip(chosen, row, strict=True)
-        ]
-        assert after == expected
-    assert not which[0].any()
-    assert which[1].any()
+    changed, chosen = masked(encoder, ids, share, seed=1)
+    special = torch.tensor(encoder.tokenizer.all_special_ids)
+    assert not (chosen & torch.isin(ids, special)).any()
+    assert torch.equal(changed[~chosen], ids[~chosen])
+    if share == 1:
+        assert chosen.sum() == (~torch.isin(ids, special)).sum()
+
+
+def test_of_the_chosen_most_become_the_mask_and_some_any_token(encoder, sentences):
+    row = padded(encoder, sentences[:1])
+    draws = 2000
+    changed, chosen = masked(encoder, row.expand(draws, -1), 1.0, seed=3)
+    before, after = row.expand(draws, -1)[chosen], changed[chosen]
+    n = len(after)
+    for p, found in (
+        (0.8, after == encoder.tokenizer.mask_token_id),
+        (0.1, after == before),
+        (0.1, (after != before) & (after != encoder.tokenizer.mask_token_id)),
+    ):
+        # One in a vocabulary of hundreds is drawn for itself, or is the mask.
+        assert abs(found.double().mean() - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-3
+    assert len(after.unique()) > 0.9 * len(encoder.tokenizer)
 
 
 def test_masks_follow_the_seed_alone(encoder, texts):
@@ -86,7 +94,7 @@ def test_every_token_is_as_likely_to_be_masked(encoder, sentences):
     _, which = masked(encoder, row.expand(draws, -1), MASK_SHARE, seed=3)
     special = torch.tensor(encoder.tokenizer.all_special_ids)
     maskable = ~torch.isin(row[0], special)
-    p = round(MASK_SHARE * int(maskable.sum())) / int(maskable.sum())
+    p = MASK_SHARE
     frequencies = which.double().mean(0)[maskable]
     assert len(frequencies) > 10
     assert (frequencies - p).abs().max() < 5 * math.sqrt(p * (1 - p) / draws)
@@ -106,7 +114,7 @@ def test_unigrams_have_the_frequencies_of_the_corpus(encoder, sentences):
     draw = Unigrams(token_ids, special)
     torch.manual_seed(7)
     where = torch.ones(400, 500, dtype=torch.bool)
-    drawn = np.bincount(draw(torch.zeros(400, 500, dtype=torch.int64), where).numpy())
+    drawn = np.bincount(draw(torch.zeros(400, 500, dtype=torch.int64), where).flatten().numpy())
     np.testing.assert_array_equal(drawn > 0, counts[: len(drawn)] > 0)
     assert len(drawn) == len(counts)
     there = counts > 0
@@ -125,7 +133,7 @@ def test_unigrams_are_as_many_as_are_masked_and_follow_the_seed(encoder, texts):
         torch.manual_seed(seed)
         return draw(changed, which)
 
-    assert drawn(1).shape == (which.sum(),)
+    assert torch.equal(drawn(1)[~which], changed[~which])
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
 
@@ -164,16 +172,15 @@ def test_a_masked_lm_gives_its_own_argmax(encoder, texts, masked_lm_folder):
     fill = MaskedLM(folder, encoder.tokenizer)
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     ids, which = masked(encoder, padded(encoder, texts), MASK_SHARE, seed=1)
-    replacements = fill(ids, which)
+    filled = fill(ids, which)
     attention_mask = (ids != encoder.tokenizer.pad_token_id).long()
     direct = model(input_ids=ids, attention_mask=attention_mask).logits
-    assert torch.equal(replacements, direct.argmax(-1)[which])
+    assert torch.equal(filled, direct.argmax(-1))
     # The same without padding, up to a rounding that could decide between equal scores.
-    by_row = replacements.split(which.sum(1).tolist())
-    for row, chosen, mine, real in zip(ids, which, by_row, attention_mask, strict=True):
-        alone = model(input_ids=row[real.bool()][None]).logits[0][chosen[real.bool()]]
-        best = alone.amax(1) if len(mine) else alone.sum(1)
-        torch.testing.assert_close(alone.gather(1, mine[:, None])[:, 0], best, rtol=0, atol=1e-4)
+    for row, mine, real in zip(ids, filled, attention_mask.bool(), strict=True):
+        alone = model(input_ids=row[real][None]).logits[0]
+        chosen = alone.gather(1, mine[real][:, None])[:, 0]
+        torch.testing.assert_close(chosen, alone.amax(1), rtol=0, atol=1e-4)
 
 
 def test_a_masked_lm_is_frozen_and_no_part_of_the_module(encoder, masked_lm_folder):
@@ -266,68 +273,122 @@ def test_code_in_the_folder_is_not_run(encoder, masked_lm_folder, tmp_path):
     assert not (tmp_path / "written").exists()
 
 
+def authors(detection, model, embedding, masked_ids, ids, pad_id):
+    """Their `cl_forward`, step by step, from masked ids on: logits, labels and loss."""
+    attention = (ids != pad_id).long()
+    with torch.no_grad():
+        predicted = model(input_ids=masked_ids, attention_mask=attention).logits.argmax(-1)
+    predicted[:, 0] = ids[:, 0]
+    labels = (predicted != ids) * attention
+    inputs = torch.where(attention.bool(), predicted, pad_id)
+    backbone = detection.discriminator
+    embedded = backbone.embeddings(input_ids=inputs)
+    embedded = torch.cat([embedding.unsqueeze(1), embedded[:, 1:]], dim=1)
+    wide = torch.zeros_like(attention, dtype=embedded.dtype)[:, None, None]
+    wide = wide.masked_fill(~attention.bool()[:, None, None], torch.finfo(embedded.dtype).min)
+    hidden = backbone.encoder(embedded, attention_mask=wide.expand(-1, 1, ids.shape[1], -1))[0]
+    logits = detection.head(hidden)
+    loss = torch.nn.functional.cross_entropy(logits.view(-1, 2), labels.view(-1))
+    return logits, labels, loss
+
+
+@pytest.mark.parametrize("encoder", ["bert", "roberta"], indirect=True)
+def test_logits_loss_and_gradients_are_those_of_the_authors_order(encoder, texts, masked_lm_folder):
+    folder = masked_lm_folder(encoder.backbone.config.model_type)
+    fill = MaskedLM(folder, encoder.tokenizer)
+    detection = Detection(encoder, fill).eval().double()
+    token_ids, ids = encoder.tokenize(texts), padded(encoder, texts)
+    results = []
+    for theirs in (False, True):
+        embedding = embed(encoder, texts).double().requires_grad_()
+        detection.zero_grad()
+        if theirs:
+            masked_ids, _ = masked(encoder, ids, MASK_SHARE, seed=1)
+            pad_id = encoder.tokenizer.pad_token_id
+            logits, labels, loss = authors(
+                detection, fill.model, embedding, masked_ids, ids, pad_id
+            )
+            logits = (logits[..., 1] - logits[..., 0]).flatten()
+            labels = labels.flatten().bool()
+        else:
+            torch.manual_seed(1)
+            loss, logits, labels = detection(embedding, token_ids)
+        loss.backward()
+        gradients = {k: p.grad.clone() for k, p in detection.named_parameters()}
+        results.append((loss.detach(), logits.detach(), labels, embedding.grad, gradients))
+    (loss, logits, labels, slope, gradients), expected = results
+    assert torch.equal(labels, expected[2])
+    assert labels.any() and not labels.all()
+    for mine, theirs in zip((loss, logits, slope), (*expected[:2], expected[3]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[4][name], rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("generator", ["masked_lm", "unigrams"])
+@pytest.mark.parametrize("all_positions", [True, False])
 @every_architecture
-def test_the_loss_is_the_cross_entropy_of_its_logits(encoder, generator, texts, masked_lm_folder):
+def test_the_loss_is_the_cross_entropy_of_its_logits(
+    encoder, generator, all_positions, texts, masked_lm_folder
+):
     if generator == "masked_lm":
         fill = MaskedLM(masked_lm_folder(encoder.backbone.config.model_type), encoder.tokenizer)
     else:
         fill = unigrams(encoder, texts)
     token_ids = encoder.tokenize(texts)
     torch.manual_seed(1)
-    loss, logits, replaced = Detection(encoder, fill).eval()(embed(encoder, texts), token_ids)
+    detection = Detection(encoder, fill, all_positions=all_positions).eval()
+    loss, logits, replaced = detection(embed(encoder, texts), token_ids)
     assert loss.shape == ()
     assert loss.dtype == logits.dtype == torch.float32
-    assert logits.shape == replaced.shape == (sum(len(ids) - 1 for ids in token_ids),)
+    lengths = [len(ids) for ids in token_ids]
+    counted = len(lengths) * max(lengths) if all_positions else sum(lengths) - len(lengths)
+    assert logits.shape == replaced.shape == (counted,)
     assert replaced.dtype == torch.bool
-    assert 0 < replaced.sum() < len(replaced) / 2
+    assert replaced.any()
     z, y = logits.detach().double().numpy(), replaced.numpy()
     p = 1 / (1 + np.exp(-z))
     expected = -np.where(y, np.log(p), np.log(1 - p)).mean()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_labels_say_which_tokens_were_replaced(encoder, texts):
-    detection = detection_of(encoder, texts)
+@pytest.mark.parametrize("all_positions", [True, False])
+def test_labels_say_which_tokens_were_replaced(encoder, all_positions, texts):
+    detection = detection_of(encoder, texts, all_positions=all_positions)
     token_ids = encoder.tokenize(texts)
 
     torch.manual_seed(1)
     edited = detection.edit(token_ids)
     torch.manual_seed(1)
-    replaced = detection(embed(encoder, texts), token_ids)[2].split([len(x) - 1 for x in token_ids])
-    for before, after, labels in zip(token_ids, edited, replaced, strict=True):
+    replaced = detection(embed(encoder, texts), token_ids)[2].tolist()
+    longest = max(map(len, token_ids))
+    expected = []
+    for before, after in zip(token_ids, edited, strict=True):
         assert before[0] == after[0]
-        assert labels.tolist() == [
-            new != old for new, old in zip(after[1:], before[1:], strict=True)
-        ]
+        changed = [new != old for new, old in zip(after, before, strict=True)]
+        rest = [False] * (longest - len(before))
+        expected += [*changed, *rest] if all_positions else changed[1:]
+    assert replaced == expected
 
 
 def test_a_token_replaced_by_itself_counts_as_original(encoder, texts):
     ids = padded(encoder, texts)
-    detection = Detection(encoder, lambda _, where: ids[where])
+    detection = Detection(encoder, lambda *_: ids.clone())
     *_, replaced = detection(embed(encoder, texts), encoder.tokenize(texts))
     assert not replaced.any()
 
 
-def test_only_masked_tokens_are_edited_and_all_lengths_kept(encoder, texts):
+def test_all_but_the_first_are_as_the_generator_says_and_all_lengths_kept(encoder, texts):
     token_ids = encoder.tokenize(texts)
-    asked = []
-
-    def fill(masked_ids, where):
-        asked.append((masked_ids, where))
-        return torch.full((int(where.sum()),), encoder.tokenizer.unk_token_id)
-
-    edited = Detection(encoder, fill).edit(token_ids)
-    ((masked_ids, where),) = asked
-    assert torch.equal(masked_ids == encoder.tokenizer.mask_token_id, where)
-    for i, (before, after) in enumerate(zip(token_ids, edited, strict=True)):
-        chosen = where[i].tolist()
-        expected = [
-            encoder.tokenizer.unk_token_id if c else token
-            for c, token in zip(chosen, before, strict=False)
-        ]
-        assert after == expected
-        assert not any(chosen[len(before) :])
+    unknown = encoder.tokenizer.unk_token_id
+    edited = Detection(encoder, lambda ids, _: torch.full_like(ids, unknown)).edit(token_ids)
+    for before, after in zip(token_ids, edited, strict=True):
+        assert after == [before[0], *[unknown] * (len(before) - 1)]
+    drawn = detection_of(encoder, texts).edit(token_ids)
+    same = [
+        a == b for x, y in zip(token_ids, drawn, strict=True) for a, b in zip(x, y, strict=True)
+    ]
+    assert 0.6 < np.mean(same) < 0.95, "unigrams leave what was not chosen"
 
 
 @every_architecture
@@ -394,38 +455,32 @@ def test_the_first_position_is_the_sentence_embedding(encoder, texts):
 
     moved = embedding.clone()
     moved[4] = torch.randn(encoder.dimension, generator=torch.Generator().manual_seed(1))
-    lengths = [len(ids) - 1 for ids in token_ids]
-    changes = (detection.logits(moved, token_ids) - logits).abs().split(lengths)
-    for row, change in enumerate(changes):
+    changes = (detection.logits(moved, token_ids) - logits).abs()
+    for row, (change, ids) in enumerate(zip(changes, token_ids, strict=True)):
+        change = change[: len(ids)]
         assert (change > 0).all() if row == 4 else (change == 0).all()
 
     # Fed with what it replaces, the discriminator is the backbone and the head, token by token.
-    table = detection.discriminator.get_input_embeddings()
-    plain = detection.logits(table(torch.tensor([ids[0] for ids in token_ids])), token_ids)
-    for ids, mine in zip(token_ids, plain.split(lengths), strict=True):
-        hidden = encoder.backbone(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        torch.testing.assert_close(mine, detection.head(hidden)[1:, 0], rtol=0, atol=1e-5)
+    for ids in token_ids:
+        seen = []
+        keep = encoder.backbone.embeddings.register_forward_hook(lambda *x, s=seen: s.append(x[2]))
+        hidden = encoder.backbone(input_ids=torch.tensor([ids])).last_hidden_state
+        keep.remove()
+        mine = detection.logits(seen[0][:, 0], [ids])
+        torch.testing.assert_close(mine, detection.head(hidden), rtol=0, atol=1e-5)
 
 
 @every_architecture
 @torch.no_grad()
-def test_padding_does_not_change_the_loss(encoder, texts):
-    detection = detection_of(encoder, texts)
+def test_padding_does_not_change_the_logits_of_tokens(encoder, texts):
     token_ids = encoder.tokenize(texts)
     embedding = embed(encoder, texts)
-    together = detection.logits(embedding, token_ids)
-    alone = [detection.logits(x[None], [ids]) for x, ids in zip(embedding, token_ids, strict=True)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-4)
-    # The means differ in nothing else, where the edits are the same.
-    torch.manual_seed(1)
-    loss, _, replaced = detection(embedding, token_ids)
-    torch.manual_seed(1)
-    edited = detection.edit(token_ids)
-    logits = [detection.logits(x[None], [ids]) for x, ids in zip(embedding, edited, strict=True)]
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(
-        torch.cat(logits), replaced.float()
-    )
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for all_positions in (True, False):
+        detection = detection_of(encoder, texts, all_positions=all_positions)
+        together = detection.logits(embedding, token_ids)
+        for vector, ids, line in zip(embedding, token_ids, together, strict=True):
+            alone = detection.logits(vector[None], [ids])[0]
+            torch.testing.assert_close(line[: len(ids)], alone, rtol=0, atol=1e-4)
 
 
 def test_a_restored_generator_gives_the_same_step(encoder, texts):

@@ -37,7 +37,7 @@ from fcse.training.corpora import TokenizedCorpus
 AUTHORS = {
     "sscl": SSCL(layers=2),
     "cards": CARDS("base", k=65, readout="mean", case_switch=0.05, variant=2),
-    "diffcse": DiffCSE(detection=0.005),
+    "diffcse": DiffCSE(0.005, generator="trained", batch_norm=True, all_positions=True),
     "adap_acse": AdapACSE(margin=0.15, teacher="tf-idf"),
     "ifnd": IFND(acceptance=1.0, clusters=100),
     "core_tuning": CoreTuning(focal_weight=True, mixing=True),
@@ -459,10 +459,15 @@ def retrieval(k, case_switch=0.0):
     return CARDS(k=k, readout="cls", case_switch=case_switch)
 
 
+def detection(weight, generator="unigrams"):
+    """DiffCSE as it was: without batch normalisation, over real tokens alone."""
+    return DiffCSE(weight, generator, batch_norm=False, all_positions=False)
+
+
 STOOD_FOR = {
     "sscl": SSCL(1),
     "cards": retrieval(9),
-    "diffcse": DiffCSE(0.005),
+    "diffcse": detection(0.005),
     "adap_acse": AdapACSE(0.05, "minilm"),
     "ifnd": IFND(0.5, 500),
     "core_tuning": CoreTuning(),
@@ -484,8 +489,16 @@ STOOD_FOR = {
         ({"objective": "info_nce", "neighbours": 3}, InfoNCE(), (retrieval(4),)),
         ({"objective": "info_nce", "case_switch": 0.2}, InfoNCE(), (retrieval(0, 0.2),)),
         ({"objective": "cards", "case_switch": 0.2}, InfoNCE(), (retrieval(9, 0.2),)),
-        ({"objective": "info_nce", "detection": 0.1}, InfoNCE(), (DiffCSE(0.1),)),
-        ({"objective": "diffcse", "generator": "x"}, InfoNCE(), (DiffCSE(generator="x"),)),
+        (
+            {"objective": "info_nce", "detection": 0.1},
+            InfoNCE(),
+            (detection(0.1),),
+        ),
+        (
+            {"objective": "diffcse", "generator": "x"},
+            InfoNCE(),
+            (detection(0.005, "x"),),
+        ),
         ({"objective": "info_nce", "margin": 0.1}, InfoNCE(), (AdapACSE(0.1, "minilm"),)),
         ({"objective": "adap_acse", "teacher": "x"}, InfoNCE(), (AdapACSE(0.05, "x"),)),
         (
@@ -503,7 +516,12 @@ STOOD_FOR = {
         (
             {"objective": "sscl", "margin": 0.1, "focal_weight": True, "detection": 0.1},
             InfoNCE(),
-            (AdapACSE(0.1, "minilm"), CoreTuning(mixing=False), DiffCSE(0.1), SSCL(1)),
+            (
+                AdapACSE(0.1, "minilm"),
+                CoreTuning(mixing=False),
+                detection(0.1),
+                SSCL(1),
+            ),
         ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",

@@ -16,6 +16,8 @@ TOGETHER = "focal_info_nce+sscl+cards+ifnd"
 FITTING = {
     # As many clusters as eight hundred sentences take.
     "ifnd": {"ifnd.clusters": 50, "ifnd.cluster_steps": 4},
+    # A language model would be trained first, for minutes.
+    "diffcse": {"diffcse.generator": "unigrams"},
     # Rows that are solved count next to nothing, and of 32 sentences most are.
     "core_tuning": {"batch_size": 64},
 }

@@ -1,11 +1,12 @@
 """A second task for an encoder: tell replaced tokens from original ones, given the embedding.
 
-What DiffCSE adds to the loss (Chuang et al. 2022), with the generators that replace the tokens;
+What DiffCSE adds to the loss (Chuang et al. 2022), in the order of operations of its authors' code;
 `fcse.methods.diffcse` names the source and each point where this differs from it."""
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -20,15 +21,15 @@ from fcse.encoder.sentence_encoder import SentenceEncoder, linear, loading
 from fcse.errors import InputError
 
 MASK_SHARE = 0.3
-"""Share of a sentence's tokens that is masked, as the authors set it."""
+"""Probability of each token to be chosen for masking, as the authors set it."""
 
 TokenGenerator = Callable[[Tensor, Tensor], Tensor]
-"""Fills in masked tokens: ids, (n, L) int64, padded and with the mask's id at k positions, and
-those positions, (n, L) bool, give k tokens, (k,) int64, row by row."""
+"""Fills in tokens: ids, (n, L) int64, padded and with chosen ones masked, and which were chosen,
+(n, L) bool, give ids, (n, L) int64."""
 
 
 class MaskedLM:
-    """A frozen masked language model: each masked token becomes the most likely one.
+    """A frozen masked language model: every token becomes the most likely one, masked or not.
 
     It is no part of the module that uses it: its weights are neither trained nor saved with a run,
     and it runs without dropout, on the device of what it is given."""
@@ -66,16 +67,17 @@ class MaskedLM:
         """The most likely tokens, see `TokenGenerator`."""
         self.model.to(token_ids.device)
         attention_mask = (token_ids != self._pad_id).long()
-        scores = self.model(input_ids=token_ids, attention_mask=attention_mask).logits[where]
+        scores = self.model(input_ids=token_ids, attention_mask=attention_mask).logits
         # Columns beyond the vocabulary, there to round its size up, stand for no token.
-        return scores[:, : self._tokens].argmax(1)
+        return scores[..., : self._tokens].argmax(2)
 
 
 class Unigrams:
-    """A stand-in where no masked language model is at hand: tokens drawn by their frequency.
+    """A stand-in for a masked language model: chosen tokens drawn by their frequency.
 
     Not what the authors do. A draw knows nothing of the sentence around it, so replacements are
-    easier to detect than a language model's, and fewer of them are the token that was there."""
+    easier to detect than a language model's, and fewer of them are the token that was there. Tokens
+    that were not chosen stay."""
 
     def __init__(self, token_ids: Iterable[Sequence[int]], special_ids: Collection[int]) -> None:
         """Count a corpus' tokens but `special_ids`; an `InputError` where there is none."""
@@ -89,34 +91,36 @@ class Unigrams:
     def __call__(self, token_ids: Tensor, where: Tensor) -> Tensor:
         """Independent draws, see `TokenGenerator`, from torch's global generator on the CPU."""
         draws = torch.randint(int(self._ends[-1]), (int(where.sum()),))
-        return self._tokens[torch.searchsorted(self._ends, draws, right=True)].to(token_ids.device)
+        drawn = self._tokens[torch.searchsorted(self._ends, draws, right=True)]
+        return token_ids.masked_scatter(where, drawn.to(token_ids.device))
 
 
 def mask(
-    token_ids: Tensor, share: float, special_ids: Collection[int], mask_id: int
+    token_ids: Tensor, share: float, special_ids: Collection[int], mask_id: int, tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Mask a share of each sentence's tokens, drawn without replacement.
+    """Choose tokens at random and mask most of them, as masked language models are trained.
 
-    Of a sentence's c tokens that are not special, round(share * c) are masked (halves go to the
-    even number), and at least one where c > 0. Drawn from torch's global generator on the CPU.
+    Each token that is not special is chosen by itself with the probability `share`. Of the chosen
+    ones 80 % become the mask, 10 % any token of the vocabulary, 10 % stay. Drawn from torch's
+    global generator on the CPU.
 
     Args:
         token_ids: (n, L) int64, padded.
         share: in (0, 1], else a `ValueError`.
-        special_ids: never masked; the padding's id is among them.
+        special_ids: never chosen; the padding's id is among them.
         mask_id: stands in for a masked token.
+        tokens: size of the vocabulary.
 
-    Returns: The masked ids, (n, L) int64, and which of them are masked, (n, L) bool."""
+    Returns: The masked ids, (n, L) int64, and which of them were chosen, (n, L) bool."""
     if not 0 < share <= 1:
         raise ValueError(f"share must lie above 0 and at most at 1, got {share}")
-    special = torch.tensor(list(special_ids), dtype=torch.int64, device=token_ids.device)
-    maskable = ~torch.isin(token_ids, special)
-    count = maskable.sum(1, keepdim=True)
-    wanted = (share * count.double()).round().clamp(min=1).minimum(count)
-    draws = torch.rand(token_ids.shape).to(token_ids.device)
-    order = draws.masked_fill(~maskable, 2).argsort(dim=1, stable=True)
-    which = order.argsort(dim=1) < wanted
-    return token_ids.masked_fill(which, mask_id), which
+    device = token_ids.device
+    special = torch.tensor(list(special_ids), dtype=torch.int64, device=device)
+    drawn, how = torch.rand(2, *token_ids.shape).to(device)
+    chosen = (drawn < share) & ~torch.isin(token_ids, special)
+    anything = torch.randint(tokens, token_ids.shape).to(device)
+    changed = torch.where(how < 0.8, mask_id, torch.where(how < 0.9, anything, token_ids))
+    return torch.where(chosen, changed, token_ids), chosen
 
 
 class Detection(nn.Module):
@@ -128,17 +132,22 @@ class Detection(nn.Module):
 
     Attributes:
         discriminator: the copy, without a pooler; trained, and of no use after training.
-        head: Linear from a token's last hidden state to one logit, replaced against original. The
-            authors' cross-entropy over the two is the same function of the logits' difference.
-        token_generator: fills in the masked tokens, a `MaskedLM` or `Unigrams`."""
+        head: Linear from a token's last hidden state to two classes, original and replaced.
+        token_generator: fills in tokens, a `MaskedLM` or `Unigrams`.
+        all_positions: whether every position counts, the first and the padding too, as the authors
+            have it; else the real tokens behind the first."""
 
     def __init__(
-        self, encoder: SentenceEncoder, token_generator: TokenGenerator, seed: int = 0
+        self,
+        encoder: SentenceEncoder,
+        token_generator: TokenGenerator,
+        seed: int = 0,
+        all_positions: bool = True,
     ) -> None:
         """Copy the backbone of an encoder that is about to be trained; `seed` is the head's.
 
-        InputError: a tokenizer without a mask token, or a backbone whose input vectors are not as
-        wide as its sentence embeddings."""
+        InputError: a tokenizer without a mask token, a backbone without an embedding layer that
+        comes first, or one whose vectors are not as wide as its sentence embeddings."""
         super().__init__()
         kind, tokenizer = encoder.backbone.config.model_type, encoder.tokenizer
         if tokenizer.mask_token_id is None:
@@ -147,76 +156,102 @@ class Detection(nn.Module):
                 "was trained as a masked language model"
             )
         inputs = encoder.backbone.get_input_embeddings().embedding_dim
-        if inputs != encoder.dimension:
+        if inputs != encoder.dimension or not hasattr(encoder.backbone, "embeddings"):
             raise InputError(
                 f"this encoder ({kind}) takes input vectors of {inputs} numbers and gives sentence "
                 f"embeddings of {encoder.dimension}, which cannot stand in for one: give one where "
                 "both are the same, such as BERT"
             )
         self.discriminator = copy.deepcopy(encoder.backbone)
-        self.head = linear(encoder.backbone, 1, seed)
+        self.head = linear(encoder.backbone, 2, seed)
         self.token_generator = token_generator
-        self._special_ids = tokenizer.all_special_ids
+        self.all_positions = all_positions
+        self._special_ids, self._tokens = tokenizer.all_special_ids, len(tokenizer)
         self._mask_id, self._pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
 
     def forward(
         self, sentence_embedding: Tensor, token_ids: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Binary cross-entropy of telling the replaced tokens of a batch, and what it is made of.
+        """Cross-entropy of telling the replaced tokens of a batch, and what it is made of.
 
-        The mean is over the T tokens of the batch behind each sentence's first: the closing special
-        token counts, padding and the position that holds the embedding do not. A token that was
-        replaced by itself counts as original, as in ELECTRA (Clark et al. 2020, section 2).
+        The mean is over T positions, see `all_positions`. A token that was replaced by itself
+        counts as original, as in ELECTRA (Clark et al. 2020, section 2).
 
         Args:
             sentence_embedding: (n, D) float, else a `ValueError`; gradients flow into it.
             token_ids: the n sentences it was made of, from `SentenceEncoder.tokenize`.
 
-        Returns: The loss, () float32 (float64 in a float64 module); the logits, (T,) of the same
-        dtype, sentence after sentence, above 0 where replaced is the likelier, a part of the graph;
-        and (T,) bool, which were replaced."""
-
-        def behind_first(sentences: Sequence[Sequence[int]]) -> Tensor:
-            return torch.tensor([token for ids in sentences for token in ids[1:]])
-
+        Returns: The loss, () float32 (float64 in a float64 module); the logits of replaced less
+        those of original, (T,) of the same dtype, row by row, a part of the graph; and (T,) bool,
+        which were replaced."""
         edited = self.edit(token_ids)
+        before = self._padded(token_ids)
+        replaced = (self._padded(edited) != before).to(self.head.weight.device)
         logits = self.logits(sentence_embedding, edited)
-        replaced = (behind_first(edited) != behind_first(token_ids)).to(logits.device)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
-        return loss, logits, replaced
+        if not self.all_positions:
+            lengths = torch.tensor([[len(ids)] for ids in token_ids], device=logits.device)
+            places = torch.arange(replaced.shape[1], device=logits.device)
+            counted = (places > 0) & (places < lengths)
+            logits, replaced = logits[counted], replaced[counted]
+        logits, replaced = logits.reshape(-1, 2), replaced.reshape(-1)
+        loss = nn.functional.cross_entropy(logits, replaced.long())
+        return loss, logits[:, 1] - logits[:, 0], replaced
 
     def edit(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The sentences with a share of their tokens masked and filled in by the generator."""
-        rows = [torch.tensor(ids) for ids in token_ids]
-        padded = pad_sequence(rows, batch_first=True, padding_value=self._pad_id)
-        masked, which = mask(padded, MASK_SHARE, self._special_ids, self._mask_id)
+        """The sentences as the generator fills them in; the first token of each stays."""
+        padded = self._padded(token_ids)
+        masked, chosen = mask(padded, MASK_SHARE, self._special_ids, self._mask_id, self._tokens)
         device = self.head.weight.device
-        padded[which] = self.token_generator(masked.to(device), which.to(device)).cpu()
-        return [line[: len(ids)].tolist() for line, ids in zip(padded, token_ids, strict=True)]
+        filled = self.token_generator(masked.to(device), chosen.to(device)).cpu()
+        filled[:, 0] = padded[:, 0]
+        return [line[: len(ids)].tolist() for line, ids in zip(filled, token_ids, strict=True)]
+
+    def _padded(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        rows = [torch.tensor(ids) for ids in token_ids]
+        return pad_sequence(rows, batch_first=True, padding_value=self._pad_id)
 
     def logits(self, sentence_embedding: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """How much each token behind each sentence's first looks replaced.
+        """What each position of n padded sentences looks like: (n, L, 2), original and replaced.
 
-        (T,) float32 (float64 in a float64 module). The embedding of the original sentence, (n, D)
-        float, takes the place of the first token's input vector, which is not read; `token_ids` are
-        n sentences as `edit` gives them. Embeddings of another shape are a `ValueError`."""
+        Float32 (float64 in a float64 module); where not all positions count, those of the padding
+        are 0. The embedding of the original sentence, (n, D) float, takes the place of what comes
+        out of the embedding layer at the first token, behind its normalisation and dropout;
+        `token_ids` are as `edit` gives them. Embeddings of another shape are a `ValueError`."""
         expected = (len(token_ids), self.head.in_features)
         if sentence_embedding.shape != expected:
             raise ValueError(
                 f"sentence_embedding must be {expected}, got {tuple(sentence_embedding.shape)}"
             )
+        device, longest = self.head.weight.device, max(map(len, token_ids))
+        words = self.discriminator.get_input_embeddings()
+        if self.all_positions:
+            padded = self._padded(token_ids).to(device)
+            lengths = torch.tensor([[len(ids)] for ids in token_ids], device=device)
+            mask = (torch.arange(longest, device=device) < lengths).long()
+            groups = [(range(len(padded)), {"input_ids": padded, "attention_mask": mask})]
+        else:
+            groups = speed.length_groups(token_ids, words, device)
         by_row: dict[int, Tensor] = {}
-        embedding = self.discriminator.get_input_embeddings()
-        device = self.head.weight.device
-        for rows, features in speed.length_groups(token_ids, embedding, device):
-            tokens = features["inputs_embeds"]
-            first = sentence_embedding[rows].to(tokens).unsqueeze(1)
-            features["inputs_embeds"] = torch.cat([first, tokens[:, 1:]], dim=1)
-            logits = self.head(self.discriminator(**features).last_hidden_state).squeeze(2)
+        for rows, features in groups:
+            with self._first(sentence_embedding[list(rows)]):
+                logits = self.head(self.discriminator(**features).last_hidden_state)
             for row, line in zip(rows, logits, strict=True):
-                by_row[row] = line[1 : len(token_ids[row])]
-        flat = torch.cat([by_row[row] for row in range(len(token_ids))])
-        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+                by_row[row] = nn.functional.pad(line, (0, 0, 0, longest - len(line)))
+        found = torch.stack([by_row[row] for row in range(len(token_ids))])
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    @contextmanager
+    def _first(self, vectors: Tensor) -> Iterator[None]:
+        """Within this context these vectors come out of the embedding layer at the first token."""
+
+        def replaced(_: nn.Module, __: object, embedded: Tensor) -> Tensor:
+            return torch.cat([vectors.to(embedded).unsqueeze(1), embedded[:, 1:]], dim=1)
+
+        hook = self.discriminator.embeddings.register_forward_hook(replaced)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def practise(

@@ -36,8 +36,8 @@ class SentenceEncoder(nn.Module):
     Attributes:
         backbone, tokenizer: the encoder, without its own pooler.
         pooling: how token vectors become a sentence vector, see `pool`.
-        head: Linear -> tanh on the pooled vector, as in SimCSE (Gao et al. 2021, section 6.3):
-            used by `forward` for "cls" only, dropped by `encode`.
+        head: Linear -> tanh on the pooled vector, as in SimCSE (Gao et al. 2021, section 6.3), or
+            a `BatchNormHead`: used by `forward` for "cls" only, dropped by `encode`.
         max_length: the longest input in tokens that the backbone takes."""
 
     def __init__(
@@ -103,7 +103,10 @@ class SentenceEncoder(nn.Module):
         head = Path(path) / _HEAD_FILE
         if is_file(head):
             try:
-                encoder.head.load_state_dict(load_file(head))
+                weights = load_file(head)
+                if any("running_mean" in key for key in weights):
+                    encoder.head = BatchNormHead(backbone, seed)
+                encoder.head.load_state_dict(weights)
             except (SafetensorError, RuntimeError):  # broken, or of another width
                 raise InputError(f"{head} does not fit this encoder: delete it") from None
         return encoder.eval()
@@ -318,6 +321,29 @@ def loading(what: str, instead: str) -> Iterator[None]:
         ) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+class BatchNormHead(nn.Sequential):
+    """DiffCSE's head: Linear -> norm -> ReLU -> Linear -> norm over a batch's vectors, both views'.
+
+    Twice as wide in the middle, without biases; the last norm has no weights of its own."""
+
+    def __init__(self, backbone: PreTrainedModel, seed: int) -> None:
+        width = backbone.config.hidden_size
+        first, last = (
+            nn.Linear(width, 2 * width, bias=False),
+            nn.Linear(2 * width, width, bias=False),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for layer in (first, last):
+            std = getattr(backbone.config, "initializer_range", 0.02)
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+        norm, last_norm = nn.BatchNorm1d(2 * width), nn.BatchNorm1d(width, affine=False)
+        super().__init__(first, norm, nn.ReLU(), last, last_norm)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(..., D) float after the head, in the dtype of the vectors."""
+        return super().forward(vectors.flatten(0, -2)).view(vectors.shape)
 
 
 def linear(backbone: PreTrainedModel, out: int, seed: int) -> nn.Linear:
