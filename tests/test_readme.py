@@ -13,7 +13,6 @@ import pytest
 from scipy.stats import t
 
 import fcse.training
-from fcse import methods
 from fcse.cli import _parse
 from fcse.config import TrainConfig
 from fcse.objectives import InfoNCE
@@ -108,29 +107,10 @@ def test_table_of_contrasts(contrasts):
     }
 
 
-@pytest.fixture(scope="module")
-def method_rows():
-    return findings.read_study(findings.STUDY / "methods.csv")
-
-
-@pytest.fixture(scope="module")
-def method_gains(method_rows):
-    return findings.contrasts(method_rows, ("STSBenchmark", "Lee"))
-
-
-def test_table_of_methods(method_gains):
-    found = findings.without_and_with(method_gains).drop(index="Focal-InfoNCE")
-    losses = ("InfoNCE", "Focal-InfoNCE")
-    columns = [(score, loss) for score in ("STSBenchmark", "Lee") for loss in losses]
-    assert table(section("### Which of them help")) == {
-        name: row.tolist() for name, row in found[columns].iterrows()
-    }
-
-
 TUNED = "InfoNCE (temperature=0.025)"
 
 
-@pytest.mark.parametrize("table", ["comparison", "second_corpus", "methods"])
+@pytest.mark.parametrize("table", ["comparison", "second_corpus"])
 def test_each_has_the_learning_rate_chosen_for_it(table):
     study = findings.STUDY
     searched = findings.read_study(*(study / f"{rates}.csv" for rates in findings.RATES))
@@ -138,42 +118,9 @@ def test_each_has_the_learning_rate_chosen_for_it(table):
     used = findings.read_study(study / f"{table}.csv")
     assert not set(used["seed"]) & set(searched["seed"])
     for name, rates in used.groupby("contestant")["learning_rate"]:
-        assert name in chosen or "IFND" in name or name == TUNED
+        assert name in chosen or name == TUNED
         baseline = "InfoNCE" if name == TUNED else findings.alone(name)
         assert set(rates) == {chosen[name if name in chosen else baseline]}
-
-
-def test_what_is_said_of_methods(method_rows, method_gains):
-    (steps,), (size,) = (method_rows[column].unique() for column in ("steps", "batch_size"))
-    (seeds,) = method_gains["seeds"].unique()
-    expected = [
-        f"trained for {steps} steps of {size} sentences",
-        f"with {seeds} seeds each",
-        f"correction for {len(method_gains) // 2} comparisons",
-    ]
-    says_no_other_number("### Which of them help", expected)
-
-    told = method_gains[method_gains["p_holm"] < 0.05].set_index("score")
-    gained = told[told["difference"] > 0]["contestant"]
-    assert list(gained["STSBenchmark":"STSBenchmark"]) == ["Focal-InfoNCE"]
-    assert list(gained["Lee":"Lee"]) == ["Focal-InfoNCE + Core-tuning"]
-    found = method_gains.set_index(["score", "contestant"])["difference"]
-    assert found["STSBenchmark"].idxmin() == "InfoNCE + Core-tuning"
-    cards = {name for name in found["Lee"].index if "CARDS" in name}
-    assert set(found["Lee"].nsmallest(len(cards)).index) == cards  # "CARDS loses most"
-    with_info_nce = [name for name in found["STSBenchmark"].index if name.startswith("InfoNCE + ")]
-    assert len(with_info_nce) == len({*methods.names()} - {"schedule"})  # no published method
-    assert found["STSBenchmark"][with_info_nce].idxmax() == "InfoNCE + CARDS"
-    without, beside = found["STSBenchmark"][["InfoNCE + CARDS", "Focal-InfoNCE + CARDS"]]
-    assert beside < 0 < without
-    both = ["InfoNCE + Core-tuning", "Focal-InfoNCE + Core-tuning"]
-    without, beside = found["STSBenchmark"][both]
-    assert without < beside < 0
-    found = findings.interactions(method_rows, ["STSBenchmark"]).set_index("method")
-    assert set(found.index[found["p_holm"] < 0.05]) == {"CARDS", "Core-tuning"}
-    times = method_rows.groupby("contestant")["wall_time_s"].mean()
-    ifnd = times["InfoNCE + IFND (cluster_steps=9)"]
-    assert 8 < ifnd / times["InfoNCE"] < 12  # "ten times as slow"
 
 
 def test_what_is_said_of_the_study(rows, contrasts):
