@@ -113,7 +113,7 @@ TUNED = "InfoNCE (temperature=0.025)"
 @pytest.mark.parametrize("table", ["comparison", "second_corpus"])
 def test_each_has_the_learning_rate_chosen_for_it(table):
     study = findings.STUDY
-    searched = findings.read_study(*(study / f"{rates}.csv" for rates in findings.RATES))
+    searched = findings.read_study(study / "learning_rate.csv")
     chosen = findings.chosen(searched, ["learning_rate"]).set_index("contestant")["learning_rate"]
     used = findings.read_study(study / f"{table}.csv")
     assert not set(used["seed"]) & set(searched["seed"])
