@@ -228,12 +228,12 @@ class Detection(nn.Module):
             padded = self._padded(token_ids).to(device)
             lengths = torch.tensor([[len(ids)] for ids in token_ids], device=device)
             mask = (torch.arange(longest, device=device) < lengths).long()
-            groups = [(range(len(padded)), {"input_ids": padded, "attention_mask": mask})]
+            groups = iter([([*range(len(padded))], {"input_ids": padded, "attention_mask": mask})])
         else:
             groups = speed.length_groups(token_ids, words, device)
         by_row: dict[int, Tensor] = {}
         for rows, features in groups:
-            with self._first(sentence_embedding[list(rows)]):
+            with self._first(sentence_embedding[rows]):
                 logits = self.head(self.discriminator(**features).last_hidden_state)
             for row, line in zip(rows, logits, strict=True):
                 by_row[row] = nn.functional.pad(line, (0, 0, 0, longest - len(line)))

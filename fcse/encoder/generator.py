@@ -73,7 +73,7 @@ def _make(encoder: SentenceEncoder, corpus: Any, path: Path) -> None:
     (path / _ACCURACY).write_text(json.dumps(accuracy))
 
 
-def _with_head(encoder: SentenceEncoder) -> nn.Module:
+def _with_head(encoder: SentenceEncoder) -> Any:
     try:
         model = AutoModelForMaskedLM.from_config(encoder.backbone.config)
         model.base_model.load_state_dict(encoder.backbone.state_dict())
@@ -87,7 +87,7 @@ def _with_head(encoder: SentenceEncoder) -> nn.Module:
     return model
 
 
-def _train(model: nn.Module, encoder: SentenceEncoder, corpus: Any, known: np.ndarray) -> None:
+def _train(model: Any, encoder: SentenceEncoder, corpus: Any, known: np.ndarray) -> None:
     size = min(BATCH_SIZE, len(known))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
     low = resolve_precision("auto", encoder.device) == "bf16"
@@ -120,7 +120,7 @@ def _masked(
     return ids.to(device), chosen.to(device), masked.to(device)
 
 
-def _scores(model: nn.Module, ids: Tensor, attended: Tensor, chosen: Tensor) -> Tensor:
+def _scores(model: Any, ids: Tensor, attended: Tensor, chosen: Tensor) -> Tensor:
     """Scores of the words at the chosen positions: all others would cost as much, for nothing."""
     head = getattr(model, "cls", None) or getattr(model, "lm_head", None)
     if head is None:
