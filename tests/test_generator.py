@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -30,11 +31,10 @@ def corpus(sentences, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert"])
 def test_it_shares_its_words_and_is_kept(architecture, corpus, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(generator, "STEPS", 10)
     encoder = SentenceEncoder.from_pretrained(tiny_model(architecture))
     before = {k: x.clone() for k, x in encoder.state_dict().items()}
     tokens = TokenizedCorpus.load(corpus, encoder, 32)
-    fill, accuracy = trained_masked_lm(encoder, tokens)
+    fill, accuracy = trained_masked_lm(encoder, tokens, steps=10)
     assert accuracy.keys() == {"model", "unigrams"}
     assert all(0 <= share < 0.2 for share in accuracy.values())
     words = fill.model.get_input_embeddings().weight
@@ -44,7 +44,7 @@ def test_it_shares_its_words_and_is_kept(architecture, corpus, tiny_model, tmp_p
     (folder,) = (path for path in (tmp_path / "cache/fcse").glob("masked-lm-*") if path.is_dir())
     assert json.loads((folder / "accuracy.json").read_text()) == accuracy
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    again, same = trained_masked_lm(encoder, tokens)
+    again, same = trained_masked_lm(encoder, tokens, steps=10)
     assert same == accuracy
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     ids = torch.tensor([tokens.batch(torch.arange(1).numpy())[1][0]])
@@ -69,15 +69,14 @@ def test_it_learns(corpus, tiny_model, monkeypatch):
     assert last < first - 0.5
 
 
-def test_other_sentences_or_weights_make_another(corpus, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(generator, "STEPS", 2)
+def test_other_sentences_or_weights_make_another(corpus, tiny_model, tmp_path):
     encoder = SentenceEncoder.from_pretrained(tiny_model("bert"))
-    trained_masked_lm(encoder, TokenizedCorpus.load(corpus, encoder, 32))
+    trained_masked_lm(encoder, TokenizedCorpus.load(corpus, encoder, 32), steps=2)
     corpus.write_text(corpus.read_text(encoding="utf-8") + "\nOne sentence more.")
-    trained_masked_lm(encoder, TokenizedCorpus.load(corpus, encoder, 32))
+    trained_masked_lm(encoder, TokenizedCorpus.load(corpus, encoder, 32), steps=2)
     with torch.no_grad():
         next(encoder.backbone.parameters()).add_(1)
-    trained_masked_lm(encoder, TokenizedCorpus.load(corpus, encoder, 32))
+    trained_masked_lm(encoder, TokenizedCorpus.load(corpus, encoder, 32), steps=2)
     found = [path for path in (tmp_path / "cache/fcse").glob("masked-lm-*") if path.is_dir()]
     assert len(found) == 3
 
@@ -115,7 +114,8 @@ def test_the_head_with_batch_normalisation_is_the_formula(training, tiny_model):
 
 @pytest.fixture
 def config(tiny_config, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(generator, "STEPS", 4)
+    short = partial(trained_masked_lm, steps=4)
+    monkeypatch.setattr(generator, "trained_masked_lm", short)
     config = tiny_config(tmp_path / "run", objective="info_nce", corpus=str(corpus))
     return replace(config, methods=(DiffCSE(),))
 

@@ -38,7 +38,13 @@ METHODS = st.fixed_dictionaries(
     optional={
         "sscl": st.builds(SSCL, st.integers(0, 3)),
         "cards": st.builds(CARDS, k=st.sampled_from([0, 8, 64]), case_switch=SHARE),
-        "diffcse": st.builds(DiffCSE, st.sampled_from([0.0, 0.005, 1.0]), st.none()),
+        "diffcse": st.builds(
+            DiffCSE,
+            st.sampled_from([0.0, 0.005, 1.0]),
+            st.sampled_from(["trained", "unigrams"]),
+            st.booleans(),
+            st.booleans(),
+        ),
         "adap_acse": st.builds(AdapACSE, SHARE, st.sampled_from(["minilm", "other"])),
         "ifnd": st.builds(IFND, SHARE, st.sampled_from([5, 500]), st.sampled_from([None, 9])),
         "core_tuning": st.builds(CoreTuning, st.booleans(), st.just(False)),

@@ -232,7 +232,7 @@ def test_jobs_that_end_early_go_on_where_they_were(study, tmp_path):
     assert f"{wrong.stem}: job" not in log.read_text(), "wrong input was tried again"
 
     table = pd.read_csv(folder / "results.csv")
-    print(table[["run", "name", "steps", "wall_time_s", "Lee"]].to_string())
+    print(table[["run", "contestant", "steps", "wall_time_s", "Lee"]].to_string())
     assert sorted(table["objective"]) == ["focal_info_nce", "hardness_info_nce", "info_nce"]
     assert table["Lee"].notna().all()
     for run, name in known.items():

@@ -22,7 +22,7 @@ from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
 from fcse.errors import InputError, replacing, writing
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 200, 64, 5e-4
-"""Of its training: AdamW, a tenth of the steps to warm up, then linear decay to 0."""
+"""Of its training where nothing else is said: AdamW, a tenth of the steps to warm up, then linear decay to 0."""
 
 _HELD_OUT = 256
 """Sentences that it is not trained on, at most a tenth of the corpus: its accuracy is theirs."""
@@ -30,16 +30,20 @@ _HELD_OUT = 256
 _ACCURACY = "accuracy.json"
 
 
-def trained_masked_lm(encoder: SentenceEncoder, corpus: Any) -> tuple[MaskedLM, dict[str, float]]:
+def trained_masked_lm(
+    encoder: SentenceEncoder, corpus: Any, steps: int = STEPS
+) -> tuple[MaskedLM, dict[str, float]]:
     """The masked language model of an encoder and a `TokenizedCorpus`, trained if it is not kept.
 
     The encoder is not changed: its backbone is copied. The head shares its weights with the word
     embeddings. Processes that want it at once wait for the first one.
 
+    steps: of its training, >= 1.
+
     Returns: The model, and the share of masked tokens of held-out sentences that it recovers, under
     "model", beside that of draws of unigrams, under "unigrams". InputError: an encoder without a
     mask token or without a head of this kind, or a cache that cannot be written."""
-    decides = [corpus.key, weights_hash(encoder.backbone), STEPS, BATCH_SIZE, LEARNING_RATE]
+    decides = [corpus.key, weights_hash(encoder.backbone), steps, BATCH_SIZE, LEARNING_RATE]
     decides += [MASK_SHARE, resolve_precision("auto", encoder.device), versions()]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     path = cache_folder() / f"masked-lm-{digest}"
@@ -48,11 +52,11 @@ def trained_masked_lm(encoder: SentenceEncoder, corpus: Any) -> tuple[MaskedLM, 
         with FileLock(f"{path}.lock"):
             if not path.is_dir():
                 with replacing(path) as partial:
-                    _make(encoder, corpus, partial)
+                    _make(encoder, corpus, steps, partial)
     return MaskedLM(path, encoder.tokenizer), json.loads((path / _ACCURACY).read_text())
 
 
-def _make(encoder: SentenceEncoder, corpus: Any, path: Path) -> None:
+def _make(encoder: SentenceEncoder, corpus: Any, steps: int, path: Path) -> None:
     tokenizer = encoder.tokenizer
     if tokenizer.mask_token_id is None:
         raise InputError(
@@ -65,7 +69,7 @@ def _make(encoder: SentenceEncoder, corpus: Any, path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = _with_head(encoder).to(encoder.device)
-        _train(model, encoder, corpus, known)
+        _train(model, encoder, corpus, known, steps)
         model.eval()
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
@@ -87,17 +91,19 @@ def _with_head(encoder: SentenceEncoder) -> Any:
     return model
 
 
-def _train(model: Any, encoder: SentenceEncoder, corpus: Any, known: np.ndarray) -> None:
+def _train(
+    model: Any, encoder: SentenceEncoder, corpus: Any, known: np.ndarray, steps: int
+) -> None:
     size = min(BATCH_SIZE, len(known))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
     low = resolve_precision("auto", encoder.device) == "bf16"
     generator = np.random.default_rng(1)
     model.train()
-    for step in tqdm(range(STEPS), "masked language model", unit="step", leave=False):
+    for step in tqdm(range(steps), "masked language model", unit="step", leave=False):
         ids, chosen, masked = _masked(encoder, corpus, generator.choice(known, size, replace=False))
         if not chosen.any():
             continue
-        warm, decay = (step + 1) / (0.1 * STEPS), (STEPS - step) / (0.9 * STEPS)
+        warm, decay = (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(warm, decay)
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=low):
             scores = _scores(model, masked, masked != encoder.tokenizer.pad_token_id, chosen)

@@ -342,8 +342,22 @@ class BatchNormHead(nn.Sequential):
         super().__init__(first, norm, nn.ReLU(), last, last_norm)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(..., D) float after the head, in the dtype of the vectors."""
-        return super().forward(vectors.flatten(0, -2)).view(vectors.shape)
+        """(..., D) after the head: in float32, float64 in a float64 module, whatever comes in."""
+        first, norm, activation, last, last_norm = self
+        with torch.autocast(vectors.device.type, enabled=False):
+            x = vectors.flatten(0, -2).to(norm.running_mean.dtype)
+            x = activation(_normed(nn.functional.linear(x, first.weight.to(x)), norm))
+            x = _normed(nn.functional.linear(x, last.weight.to(x)), last_norm)
+        return x.view(vectors.shape)
+
+
+def _normed(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+    """Batch normalisation by weights that may be of lower precision than what they are put to."""
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    weight, bias = (None if w is None else w.to(x) for w in (norm.weight, norm.bias))
+    means = norm.running_mean, norm.running_var
+    return nn.functional.batch_norm(x, *means, weight, bias, norm.training, norm.momentum, norm.eps)
 
 
 def linear(backbone: PreTrainedModel, out: int, seed: int) -> nn.Linear:
