@@ -48,9 +48,16 @@ def untrained(judged, minilm):
     return judge(minilm, judged, "auto")["spearman"]
 
 
-@pytest.mark.parametrize("objective", [*methods.names(), TOGETHER])
+ANOTHER_WAY = {"core_tuning.way": "code"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [*((name, {}) for name in (*methods.names(), TOGETHER)), ("core_tuning", ANOTHER_WAY)],
+    ids=str,
+)
 def test_a_short_run_agrees_more_with_people(
-    objective, corpus, judged, untrained, tmp_path, monkeypatch
+    objective, more, corpus, judged, untrained, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FCSE_SENTEVAL")  # else the run scores every pair twice, on its own
@@ -58,6 +65,7 @@ def test_a_short_run_agrees_more_with_people(
     settings = {"objective": objective, "corpus": str(corpus), "score_precision": "auto"}
     for name in objective.split("+"):
         settings |= FITTING.get(name, {})
+    settings |= more
     config = configured(short, settings)
     run = train(replace(config, output=str(tmp_path / "run")))
     assert judge(run.encoder, judged, "auto")["spearman"] > untrained + 1

@@ -22,7 +22,8 @@ from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
 from fcse.errors import InputError, replacing, writing
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 200, 64, 5e-4
-"""Of its training where nothing else is said: AdamW, a tenth of the steps to warm up, then linear decay to 0."""
+"""Of its training where nothing else is said: AdamW, a tenth of the steps to warm up, then linear
+decay to 0."""
 
 _HELD_OUT = 256
 """Sentences that it is not trained on, at most a tenth of the corpus: its accuracy is theirs."""
