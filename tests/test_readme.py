@@ -15,6 +15,7 @@ from scipy.stats import t
 import fcse.training
 from fcse.cli import _parse
 from fcse.config import TrainConfig
+from fcse.methods.schedule import Schedule
 from fcse.objectives import InfoNCE
 from fcse.statistics import seeds_needed
 from fcse.study import findings, published
@@ -105,6 +106,14 @@ def test_table_of_contrasts(contrasts):
     assert table(section("## What the study found")) == {
         name: list(row) for name, *row in pd.concat(columns, axis=1).itertuples()
     }
+
+
+def test_the_schedule_holds_the_temperatures_that_were_measured():
+    along = pd.read_csv(findings.STUDY / "along_training.csv")
+    focal = along[along["contestant"] == "Focal-InfoNCE"].groupby("step")
+    measured = focal["effective_temperature"].mean()
+    assert len(set(measured.index.diff().dropna())) == 1, "states at equal distances"
+    assert Schedule().values == pytest.approx(measured.tolist(), abs=5e-5)
 
 
 TUNED = "InfoNCE (temperature=0.025)"
