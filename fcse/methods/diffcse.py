@@ -15,6 +15,7 @@ Where this differs from their code:
   here, briefly, from the encoder and the corpus of the run. What share of held-out masked tokens it
   recovers is in the run's record.
 - Both views of a sentence are edited and told apart, as there, with draws of this run's seed.
+- For RoBERTa their padding becomes token 0 before the discriminator sees it. Here it stays padding.
 - A sentence's tokens are cut and padded as in every run: on a CPU the encoder's own passes are in
   groups of similar length. The discriminator's is one pass, padded to the longest, as there."""
 
