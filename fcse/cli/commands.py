@@ -360,7 +360,7 @@ def run_repeat(
     """Train and score one row of a study's table again, and say whether it came out the same.
 
     Args:
-        table: CSV of a study, such as figures/study/contest.csv.
+        table: CSV of a study, such as figures/study/choices.csv.
         run: The row, by its column run.
         corpus: The file that it was trained on, if it was one and is not in this folder."""
     from fcse.study.repeat import repeat

@@ -66,7 +66,7 @@ def results(folder: Path) -> pd.DataFrame:
 def _row(record: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     config = recorded(record["config"])
     corpus = str(config.corpus)
-    found = {"contestant": config.name} | dict.fromkeys(IDENTITY) | config.settings
+    found = dict.fromkeys(IDENTITY) | config.settings
     found |= {
         "contestant": config.name,
         "corpus": Path(corpus).name if corpus in record["files"] else corpus,
@@ -146,9 +146,8 @@ def current_rows(path: Path | None) -> pd.DataFrame:
     InputError: it is no table of a study."""
     if path is None or not is_file(path):
         return pd.DataFrame()
-    rows = read_rows(path)
-    current = [fcse_version(row) == versions()["fcse"] for row in rows.to_dict("records")]
-    return rows[current]
+    rows, ours = read_rows(path), versions()["fcse"]
+    return rows[[fcse_version(row) == ours for row in rows.to_dict("records")]]
 
 
 def not_in(
@@ -161,13 +160,14 @@ def not_in(
     scored = [row for row in rows.to_dict("records") if all(row.get(task) for task in tasks)]
     done = {what_it_is(row) for row in scored}
     hashes: dict[str, str] = {}
+    ours = versions()["fcse"]
     missing = []
     for run in runs:
         corpus = str(run.corpus)
         if done and corpus not in hashes:
             hashes[corpus] = corpus_sha256(corpus)
         models = (run.encoder, *(file for method in run.methods for file in method.files()))
-        same = _anywhere(run, hashes.get(corpus, "")), versions()["fcse"]
+        same = _anywhere(run, hashes.get(corpus, "")), ours
         if same not in done or any(map(is_folder, models)):
             missing.append(run)
     return missing

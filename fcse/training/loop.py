@@ -162,8 +162,9 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
         if callback is not None:
             callback(step, run.encoder)
     if first:
-        _finish(folder, run, progress)
-        for remark in filter(None, (method.remark() for method in acting)):
+        remarks = [remark for method in acting if (remark := method.remark())]
+        _finish(folder, run, progress, remarks)
+        for remark in remarks:
             tqdm.write(f"{config.run_name}: {remark}", file=sys.stderr)
     world.wait_for_everyone()
 
@@ -228,7 +229,7 @@ def _log(folder: RunFolder, first: bool, **numbers: float) -> None:
         folder.log(**numbers)
 
 
-def _finish(folder: RunFolder, run: _Run, progress: Progress) -> None:
+def _finish(folder: RunFolder, run: _Run, progress: Progress, remarks: list[str]) -> None:
     folder.finish(
         device=str(run.encoder.device),
         hardware=hardware(run.encoder.device),
@@ -239,7 +240,7 @@ def _finish(folder: RunFolder, run: _Run, progress: Progress) -> None:
         scores=progress.kept_scores,
         corpus={"sentences": len(run.corpus), "sha256": run.corpus.sha256},
         masked_pairs=progress.masked_pairs,
-        remarks=[said for method in run.acting.values() if (said := method.remark())],
+        remarks=remarks,
         weights={"first": run.first_weights, "last": weights_hash(run.encoder.backbone)},
     )
 
