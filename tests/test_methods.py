@@ -360,6 +360,50 @@ def test_a_schedule_needs_a_temperature(config):
         replace(config, objective=Bare(), methods=(Schedule(),))
 
 
+def in_numpy(u, columns, left_out, temperature=0.05):
+    """InfoNCE of (N, D) and (M, D) in float64, the positives in the first N columns."""
+    u, columns = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (u, columns))
+    z = np.where(left_out, -np.inf, u @ columns.T / temperature)
+    return (np.log(np.exp(z).sum(1)) - z.diagonal()).mean()
+
+
+@pytest.mark.parametrize("name", ["sscl", "cards", "ifnd"])
+def test_the_loss_is_the_formula_in_float64(name, made):
+    method = {
+        "sscl": SSCL(2),
+        "cards": CARDS(k=2, case_switch=0.0),
+        "ifnd": IFND(1.0, clusters=5, cluster_steps=2),
+    }[name]
+    _, _, acting, batch = made(method)
+    acting[name].before_step(5)
+    found = batch(5)
+    rows = found.sentences.rows.astype(int)
+    generator = torch.Generator().manual_seed(0)
+    u, v, other = torch.randn(3, 8, 6, dtype=torch.float64, generator=generator)
+    lower = torch.randn(8, 4, 6, dtype=torch.float64, generator=generator)
+    more = {"sscl": (lower,), "cards": (other,)}.get(name, ())
+    compared = compare(found, 2 if name == "sscl" else 0, u, v, *more)
+    mine = loss_of(InfoNCE(), [*acting.values()], nullcontext(), compared).item()
+
+    u, v, other, lower = (x.numpy() for x in (u, v, other, lower))
+    nothing = np.zeros((8, 8), dtype=bool)
+    if name == "sscl":
+        further = lower.reshape(32, 6)
+        extended = in_numpy(u, np.concatenate([v, further]), np.zeros((8, 40), dtype=bool))
+        expected = (in_numpy(u, v, nothing) + extended) / 2
+    elif name == "cards":
+        own = rows[:8, None] == rows[None, :]
+        np.fill_diagonal(own, False)
+        assert own.any()
+        expected = in_numpy(u, np.concatenate([v, other]), own)
+    else:
+        labels = acting[name].labels[rows]
+        same = (labels[:, None] == labels) & ~np.eye(8, dtype=bool)
+        assert same.any()
+        expected = in_numpy(u, v, same)
+    assert mine == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_loss_with_lower_layers_is_the_mean_of_two(made):
     encoder, _, acting, batch = made(SSCL(1))
     encoder.eval()
