@@ -86,6 +86,11 @@ class TrainConfig:
         fitted = (on[key].fitted(self.encoder) for key in sorted(on))
         kept = tuple(method for method in fitted if method.on)
         object.__setattr__(self, "methods", kept)
+        for method in kept:
+            if (start := method.starts_from) is not None:
+                if self.encoder not in (TrainConfig.encoder, start):
+                    raise InputError(f"{method.key} starts from {start}: leave out encoder")
+                object.__setattr__(self, "encoder", start)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise InputError(

@@ -158,13 +158,13 @@ class Recorded:
     printed: str
     parameters: tuple[tuple[str, Any], ...]
 
-    on, by_matrix = True, False
+    on, by_matrix, starts_from = True, False, None
 
     def logits(self, *_: Any) -> None:
         """Raise InputError: the class is not at hand."""
         raise InputError(f"{self.printed} is known by its record only: define it again to use it")
 
-    begin = logits
+    begin = whole = logits
 
     def fitted(self, encoder: Any) -> "Recorded":
         """The same: what depended on the encoder was decided."""

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """What there is before training: the run's config, its encoder and its tokenised corpus."""
+    """What there is before training: the run's config, its encoder and its tokenised corpus.
+
+    train: config -> the finished run, for a method that needs another run first."""
 
     config: Any
     encoder: Any
     corpus: Any
+    train: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,11 @@ class Method:
         cls.key = file if file != cls.__module__ else snake(cls.__name__)
 
     @property
+    def starts_from(self) -> str | None:
+        """The model to start from in place of the packaged one, None for the config's own."""
+        return None
+
+    @property
     def on(self) -> bool:
         """Whether these settings change anything; a config leaves out what is off."""
         return not self.switches or any(getattr(self, name) for name in self.switches)
@@ -257,6 +265,20 @@ class Method:
     def begin(self, start: Start) -> Moments:
         """Prepare a run; raise InputError where encoder or corpus do not go with it."""
         raise NotImplementedError
+
+    def whole(
+        self, config: Any, train: Callable[..., Any], folder: Any, callback: Callable | None
+    ) -> bool:
+        """Make the whole run out of others, in an outer loop, and finish its folder.
+
+        Or return False, with nothing done: then the run is trained as any other.
+
+        Args:
+            config: of the run.
+            train: config and callback -> a finished run.
+            folder: of the run, a `training.folder.RunFolder`.
+            callback: gets the number of a step and the encoder, as that of `train` does."""
+        return False
 
     def files(self) -> tuple[str, ...]:
         """Names of model folders that decide the result, so that their bytes are part of a run."""

@@ -49,7 +49,9 @@ def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     be written, or a loss or gradient that is not finite."""
     folder = run_folder(config)
     try:
-        if folder.record() is None:
+        if folder.record() is None and not any(
+            method.whole(config, train, folder, callback) for method in config.methods
+        ):
             low = resolve_precision(config.precision) == "bf16"
             with speed.freed_memory_kept() if low else nullcontext():
                 _train(config, folder, callback)
@@ -219,8 +221,10 @@ def _prepare(config: TrainConfig) -> _Run:
         config.corpus, encoder, config.max_length, least=config.batch_size
     )
     first_weights = weights_hash(encoder.backbone)
-    start = Start(config, encoder.to(world.device), corpus)
+    start = Start(config, encoder.to(world.device), corpus, train)
+    drawn = micro_batches.random_state()
     acting = {method.key: method.begin(start) for method in config.methods}
+    micro_batches.set_random_state(drawn)  # a run that had to come first has drawn from it, or not
     return _Run(precision, encoder, corpus, first_weights, acting)
 
 
