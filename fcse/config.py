@@ -83,14 +83,13 @@ class TrainConfig:
         objective = named(objective)
         objective = getattr(objective, "canonical", lambda: objective)()
         object.__setattr__(self, "objective", objective)
-        fitted = (on[key].fitted(self.encoder) for key in sorted(on))
-        kept = tuple(method for method in fitted if method.on)
-        object.__setattr__(self, "methods", kept)
-        for method in kept:
+        for method in on.values():
             if (start := method.starts_from) is not None:
-                if self.encoder not in (TrainConfig.encoder, start):
-                    raise InputError(f"{method.key} starts from {start}: leave out encoder")
+                if str(self.encoder) not in (TrainConfig.encoder, start):
+                    raise InputError(f"{method.key} starts from {start}: leave out the encoder")
                 object.__setattr__(self, "encoder", start)
+        fitted = (on[key].fitted(self.encoder) for key in sorted(on))
+        object.__setattr__(self, "methods", tuple(method for method in fitted if method.on))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise InputError(
