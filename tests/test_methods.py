@@ -27,6 +27,7 @@ from fcse.methods.diffcse import DiffCSE
 from fcse.methods.ifnd import IFND
 from fcse.methods.pnr import PNR
 from fcse.methods.schedule import FOCAL, Schedule
+from fcse.methods.sparse_cse import SparseCSE
 from fcse.methods.sscl import SSCL
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
 from fcse.study.grid import read_grid
@@ -44,6 +45,7 @@ AUTHORS = {
     "core_tuning": CoreTuning(focal_weight=True, mixing=True),
     "schedule": Schedule(FOCAL),
     "pnr": PNR("", pseudo_negatives=True, distillation=1.0, own_negatives=True, norm="batch"),
+    "sparse_cse": SparseCSE(0.1, structured=True, remove="lowest", balance=0.5, batches=8),
 }
 """What each name stands for."""
 OFF = {
@@ -55,6 +57,7 @@ OFF = {
     "core_tuning": {"core_tuning.focal_weight": False, "core_tuning.mixing": False},
     "schedule": {"schedule.temperatures": ""},
     "pnr": {"pnr.pseudo_negatives": False, "pnr.distillation": 0.0},
+    "sparse_cse": {"sparse_cse.sparsity": 0.0},
 }
 TOGETHER = (SSCL(2), CARDS(k=4), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""

@@ -104,6 +104,7 @@ METHODS = {
     "core_tuning.focal_weight": True,
     "core_tuning.mixing": False,
     "pnr.norm": "layer",
+    "sparse_cse.sparsity": 0.2,
 }
 
 
@@ -119,7 +120,7 @@ def test_a_run_of_two_processes_is_that_of_one(methods, still_config, tmp_path):
         assert said.count("run: ") == 1
     two = read_run(tmp_path / "two")
     assert two.config == elsewhere
-    assert len(two.config.methods) == (6 if methods else 0)
+    assert len(two.config.methods) == (7 if methods else 0)
     assert two.record["processes"] == 2
     assert two.losses == pytest.approx(one.losses, abs=1e-4)
     assert two.record["masked_pairs"] == one.record["masked_pairs"] == 8

@@ -255,7 +255,7 @@ class SentenceEncoder(nn.Module):
                 tqdm(total=len(sentences), desc="encoding", **shown) as bar,
             ):
                 for rows in self._batches(token_ids, batch_size):
-                    pooled = self.pool(self._features([token_ids[i] for i in rows]))
+                    pooled = self.pool(self.features([token_ids[i] for i in rows]))
                     embeddings[rows] = pooled.float().cpu().numpy()
                     bar.update(len(rows))
         finally:
@@ -279,7 +279,8 @@ class SentenceEncoder(nn.Module):
             yield order[start:end]
             start = end
 
-    def _features(self, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def features(self, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The inputs of the backbone for some sentences, as `pool` takes them."""
         if packs(self.backbone, token_ids):
             return packed(token_ids, 1, self.backbone, self.backbone.get_input_embeddings())
         batch = self.tokenizer.pad({"input_ids": token_ids}, return_tensors="pt")

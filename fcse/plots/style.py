@@ -46,6 +46,7 @@ METHODS: dict[str, Style] = {
     "IFND": Style("#AA4499", "h", (0, (6, 2))),
     "Core-tuning": Style("#661100", "8", (0, (6, 2))),
     "PNR": Style("#DDCC77", "$P$", (0, (6, 2))),
+    "SparseCSE after StarK's scoring": Style("#44AA99", "$S$", (0, (6, 2))),
     "temperature schedule": Style("#88CCEE", "$\\tau$", (0, (6, 2))),
 }
 """Method that is added to an objective -> its style."""
