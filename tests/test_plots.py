@@ -111,6 +111,7 @@ FIGURES = {
     "scores": lambda: plots.scores(SCORES),
     "training": lambda: plots.training(STEPS, STEPS),
     "plane": lambda: plots.plane(STEPS),
+    "lines": lambda: plots.lines(STEPS, "step", {"lee": "Lee", "alignment": "alignment"}, "step"),
     "pull_curves": lambda: plots.pull_curves(analysis.curves()),
     "curve_families": lambda: plots.curve_families({"m": {0.3: analysis.curve("focal_info_nce")}}),
     "pull_by_decile": lambda: plots.pull_by_decile(analysis.pull_by_decile(SIM)),

@@ -24,6 +24,7 @@ from fcse.plots.space import (
     describe_maps,
     describe_plane,
     group_colours,
+    lines,
     maps,
     plane,
     similarity_distribution,

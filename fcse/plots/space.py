@@ -1,6 +1,6 @@
 """What training did to a space: the plane, densities of similarities, maps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,6 +48,26 @@ def plane(table: pd.DataFrame) -> Picture:
     lines.append(Line2D([], [], color="0.75", lw=1))
     axes.legend(lines, [*names, "equal alignment + uniformity"], frameon=True, edgecolor="none")
     figure.alt = describe_plane(table)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def lines(table: pd.DataFrame, x: str, panels: Mapping[str, str], xlabel: str) -> Picture:
+    """Several measures against one number, a panel each, a line a run.
+
+    table: columns "name" (of a loss, or of what was done to it), x, and those of the panels.
+    panels: column -> what it is, with its unit."""
+    figure, axes = new_axes(len(panels), width=8.5 / len(panels) + 1.0)
+    figure.alt = f"Against the {xlabel}."
+    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        figure.alt += f" {label[0].upper()}{label[1:]}:"
+        for name, rows in by(table.dropna(subset=column), "name"):
+            look = line(name) | ({} if axis is axes[0] else {"label": None})
+            axis.plot(rows[x], rows[column], marker=style(name).marker, **look)
+            figure.alt += f" {name} from {ends(rows[column], '.3g')},"
+        axis.set(xlabel=xlabel, ylabel=label)
+        figure.alt = figure.alt.rstrip(",") + "."
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
