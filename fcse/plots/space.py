@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 
-from fcse.plots.style import STYLE, Picture, by, ends, line, new_axes, point
+from fcse.plots.style import STYLE, Picture, by, ends, line, new_axes, point, style
 
 
 def describe_plane(table: pd.DataFrame) -> str:
