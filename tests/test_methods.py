@@ -25,6 +25,7 @@ from fcse.methods.cards import CARDS, switched
 from fcse.methods.core_tuning import CoreTuning
 from fcse.methods.diffcse import DiffCSE
 from fcse.methods.ifnd import IFND
+from fcse.methods.iftcl import IFTCL
 from fcse.methods.schedule import FOCAL, Schedule
 from fcse.methods.sscl import SSCL
 from fcse.objectives import FocalInfoNCE, HardnessInfoNCE, InfoNCE
@@ -42,6 +43,7 @@ AUTHORS = {
     "ifnd": IFND(acceptance=1.0, clusters=100),
     "core_tuning": CoreTuning(focal_weight=True, mixing=True),
     "schedule": Schedule(FOCAL),
+    "iftcl": IFTCL(twins=1.0, queue=2),
 }
 """What each name stands for."""
 OFF = {
@@ -52,6 +54,7 @@ OFF = {
     "ifnd": {"ifnd.acceptance": 0},
     "core_tuning": {"core_tuning.focal_weight": False, "core_tuning.mixing": False},
     "schedule": {"schedule.temperatures": ""},
+    "iftcl": {"iftcl.twins": 0, "iftcl.queue": 0},
 }
 TOGETHER = (SSCL(2), CARDS(k=4), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""
