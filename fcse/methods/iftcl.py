@@ -1,23 +1,22 @@
 """IFTCL after the abstract: changed words keep their distance, and earlier views join as negatives.
 
-Source: the abstract of Xiao, Li and Chen, arXiv 2307.10932; neither their formulas nor any code
-could be had. It says that changed words change the meaning, so that the pair has an innate margin,
-which a Twins Loss keeps in training, and that a hippocampus queue uses stored negatives again. All
-formulas and values here are this kit's own.
+Source: the abstract of Xiao, Li and Chen, arXiv 2307.10932: changed words change the meaning, so
+that a pair has an innate margin, which a Twins Loss keeps; a hippocampus queue uses negatives
+again. Neither formulas nor code could be had: all formulas and values are this kit's own.
 
 Twins: the identical twin of a sentence is its other dropout view v_i. The fraternal twin w_i has
 some words repeated, left out or swapped with the next one, and is embedded once. Their innate
-margin is delta_i = 1 - cos of both under the encoder as it was at the start, without dropout,
-behind its head. Beside the loss stands twins * mean_i max(0, delta_i - (1 - u_i.w_i))^2: closer
-than at the start is too close. With `margin` it is max(0, margin - (u_i.v_i - u_i.w_i))^2, a gap
-between both twins. w_i is in no other term. The price: one more pass that learns, two that do not.
+margin is delta_i = 1 - cos of both under the encoder of the start, without dropout, behind its
+head. Beside the loss stands twins * mean_i max(0, delta_i - (1 - u_i.w_i))^2: closer than at the
+start is too close. w_i is in no other term. A step has one more pass that learns, two that do not.
 
 Queue: the views v of the last batches are further columns, without gradients. A sentence that
 comes back while it is in the queue is left out for itself, as any repeat is."""
 
-from collections.abc import Sequence
+import copy
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -43,8 +42,6 @@ class IFTCL(Method):
     """What happens to words: repetition, deletion, swap with the next one, or any of these."""
     share: float = 0.32
     """Most words that change, 0 to 1 of a sentence; at least one does."""
-    margin: float | None = None
-    """Gap to keep between identical and fraternal twin, 0 to 2; else each pair's innate margin."""
 
     label = "IFTCL after the abstract"
     switches = ("twins", "queue")
@@ -56,116 +53,82 @@ class IFTCL(Method):
         if self.change not in get_args(Change):
             choices = ", ".join(get_args(Change))
             raise InputError(f"unknown iftcl.change {self.change!r}: choose from {choices}")
-        if self.margin is not None and not 0 <= self.margin <= 2:
-            raise InputError(f"iftcl.margin must lie between 0 and 2, got {self.margin}")
 
     def begin(self, start: Start) -> Moments:
         """Copy the encoder; InputError: the queue holds more than the corpus has sentences."""
-        held = self.queue * start.config.batch_size
-        if held > len(start.corpus):
-            raise InputError(
-                f"iftcl.queue of {self.queue} batches holds {held} sentences, more than the "
-                f"{len(start.corpus)} of the corpus: lower it, or batch_size"
-            )
+        held, most = self.queue * start.config.batch_size, len(start.corpus)
+        if held > most:
+            said = f"iftcl.queue of {self.queue} batches holds {held} sentences, more than the"
+            raise InputError(f"{said} {most} of the corpus: lower it, or batch_size")
         return _Twins(self, start)
 
 
 class _Twins(Moments):
     def __init__(self, settings: IFTCL, start: Start) -> None:
-        import copy
-
-        import torch
-
-        encoder = start.encoder
-        self.settings, self.config, self.tokenize = settings, start.config, encoder.tokenize
+        self.settings, self.start = settings, start
         # A run that goes on takes its weights later: these are those of the start in any case.
-        self.first = copy.deepcopy(encoder).eval() if settings.twins else None
-        self.vectors = torch.empty(0, encoder.dimension, device=encoder.device)
-        self.ids = torch.empty(0, dtype=torch.int64)
-        self.fresh = self.vectors, self.ids
+        self.first = copy.deepcopy(start.encoder).eval().requires_grad_(False)
+        self.held: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.queue)
 
     def bring(self, batch: Batch) -> Brought | None:
-        if not self.settings.twins:
+        settings, config = self.settings, self.start.config
+        if not settings.twins:
             return None
         # The 4 keeps this stream apart from those of other methods.
-        generator = np.random.default_rng((4, self.config.seed, batch.step))
-        settings, texts = self.settings, batch.sentences.texts[: batch.size]
-        changed = [changed_words(x, settings.change, settings.share, generator) for x in texts]
-        token_ids = self.tokenize(changed, self.config.max_length)
-        return Brought(further=Sentences(-np.ones(batch.size), changed, token_ids))
+        generator = np.random.default_rng((4, config.seed, batch.step))
+        texts = batch.sentences.texts[: batch.size]
+        texts = [changed_words(x, settings.change, settings.share, generator) for x in texts]
+        token_ids = self.start.encoder.tokenize(texts, config.max_length)
+        return Brought(further=Sentences(-np.ones(batch.size), texts, token_ids))
 
     def loss(self, value: Loss, compared: Comparison) -> "Tensor":
-        if not len(self.vectors):
-            return value(compared)
-        # Without masks a batch's numbers are places, of which those of other batches know nothing.
-        ids = self.ids if self.config.mask_duplicates else None
-        return value(compared.more(self.vectors, ids=ids))
+        for vectors, ids in self.held:
+            # Without masks a batch's numbers are places, which mean nothing in another batch.
+            known = ids if self.start.config.mask_duplicates else None
+            compared = compared.more(vectors.to(compared.v), ids=known)
+        return value(compared)
 
     def beside(self, compared: Comparison) -> "Tensor | None":
         from fcse import processes
 
         batch, n = compared.batch, len(compared.u)
         # In the order of the batch, which is the same in all processes.
-        order = compared.of[: batch.size].argsort()
-        self.fresh = compared.v.detach()[order], batch.ids[: batch.size]
+        self.fresh = compared.v.detach()[compared.of.argsort()], batch.ids[: batch.size]
         if not self.settings.twins:
             return None
-        w, margin = compared.brought[IFTCL.key][:n], self.settings.margin
-        if margin is not None:
-            return self.settings.twins * twins(compared.u, w, margin, compared.v[:n])
         place = batch.places[IFTCL.key]
         changed = processes.share(batch.sentences.token_ids[place : place + batch.size])
-        margins = innate(self.first, compared.token_ids, changed)
-        return self.settings.twins * twins(compared.u, w, margins)
+        margin = distances(*self.first(compared.token_ids, changed))
+        return self.settings.twins * twins(compared.u, compared.brought[IFTCL.key][:n], margin)
 
     def after_step(self, step: int) -> None:
-        import torch
-
-        if held := self.settings.queue * self.config.batch_size:
-            vectors, ids = self.fresh
-            self.vectors = torch.cat([self.vectors.to(vectors), vectors])[-held:]
-            self.ids = torch.cat([self.ids, ids])[-held:]
+        self.held.append(self.fresh)
 
     def state(self) -> "dict[str, Tensor]":
-        return {"vectors": self.vectors, "ids": self.ids} if self.settings.queue else {}
+        return {f"{i}/{j}": x for i, pair in enumerate(self.held) for j, x in enumerate(pair)}
 
     def restore(self, state: "dict[str, Tensor]") -> None:
-        if state:
-            self.vectors, self.ids = state["vectors"].to(self.vectors.device), state["ids"]
+        self.held.extend((state[f"{i}/0"], state[f"{i}/1"]) for i in range(len(state) // 2))
 
 
-def twins(u: "Tensor", w: "Tensor", margin: Any, v: "Tensor | None" = None) -> "Tensor":
-    """mean_i max(0, margin_i - d_i)^2, (), with d_i = 1 - u_i.w_i, or u_i.v_i - u_i.w_i with v.
+def twins(u: "Tensor", w: "Tensor", margin: "Tensor") -> "Tensor":
+    """mean_i max(0, margin_i - (1 - u_i.w_i))^2, (): (n, D) float of any length, margin (n,)."""
+    return (margin - distances(u, w)).clamp_min(0).square().mean()
 
-    u, w, v: (n, D) float, of any length; float32 at least within. margin: (n,) or a number."""
+
+def distances(u: "Tensor", w: "Tensor") -> "Tensor":
+    """1 - cos of n rows with as many others, (n,), in float32 at least."""
     from fcse.losses import unit_rows
 
-    u, w = unit_rows(u), unit_rows(w)
-    nearest = 1.0 if v is None else (u * unit_rows(v)).sum(dim=1)
-    return (margin - (nearest - (u * w).sum(dim=1))).clamp_min(0).square().mean()
-
-
-def innate(
-    encoder: Any, token_ids: Sequence[Sequence[int]], changed: Sequence[Sequence[int]]
-) -> "Tensor":
-    """1 - cos of n sentences and as many others behind the head, (n,) float, without a gradient."""
-    import torch
-
-    from fcse.losses import unit_rows
-
-    with torch.no_grad():
-        u, w = map(unit_rows, encoder(token_ids, changed))
-        return 1 - (u * w).sum(dim=1)
+    return 1 - (unit_rows(u) * unit_rows(w)).sum(dim=1)
 
 
 def kept(innate: np.ndarray, realised: np.ndarray) -> tuple[float, float]:
-    """How distances of n pairs after training, (n,) float, follow those of the start, (n,) float.
+    """Slope of realised over innate margins, (n,) float each, by least squares; their correlation.
 
-    Returns: the slope of realised over innate by least squares, and Pearson's correlation. Both are
-    1 where each pair kept its margin; NaN where innate does not vary."""
-    x, y = innate - np.mean(innate), realised - np.mean(realised)
-    with np.errstate(invalid="ignore"):
-        return float(x @ y / (x @ x)), float(x @ y / np.sqrt((x @ x) * (y @ y)))
+    Both are 1 where a trained encoder has kept them all."""
+    (var, both), (_, theirs) = np.cov(innate, realised)
+    return float(both / var), float(both / np.sqrt(var * theirs))
 
 
 def changed_words(
@@ -173,23 +136,15 @@ def changed_words(
 ) -> str:
     """The sentence with some words said twice, left out, or swapped with the next one.
 
-    How many is drawn evenly from 1 to a share of its words, rounded down.
-
-    Args:
-        sentence: its words are what white space parts; a lone one is not left out or swapped.
-        change: which of these; any draws one for the sentence.
-        share: 0 to 1."""
+    How many of those that spaces part is drawn evenly from 1 to their share, rounded down; a lone
+    word is not left out or swapped."""
     words = sentence.split()
     kind = generator.choice(get_args(Change)[1:]) if change == "any" else change
     most = len(words) - (kind != "repetition")
     count = min(most, int(generator.integers(1, max(2, int(share * len(words)) + 1))))
     places = generator.choice(len(words) - (kind == "swap"), count, replace=False)
     for place in sorted(places.tolist(), reverse=True):
-        word = words[place]
-        if kind == "repetition":
-            words.insert(place, word)
-        else:
-            del words[place]
-        if kind == "swap":
+        word = words[place] if kind == "repetition" else words.pop(place)
+        if kind != "deletion":
             words.insert(place + 1, word)
     return " ".join(words)
