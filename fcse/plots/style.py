@@ -45,6 +45,8 @@ METHODS: dict[str, Style] = {
     "AdapACSE": Style("#999933", "d", (0, (6, 2))),
     "IFND": Style("#AA4499", "h", (0, (6, 2))),
     "Core-tuning": Style("#661100", "8", (0, (6, 2))),
+    "IFTCL after the abstract": Style("#225555", "$\\delta$", (0, (6, 2))),
+    "DebCSE after the abstract": Style("#666633", "$e$", (0, (6, 2))),
     "temperature schedule": Style("#88CCEE", "$\\tau$", (0, (6, 2))),
 }
 """Method that is added to an objective -> its style."""
