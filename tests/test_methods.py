@@ -23,8 +23,10 @@ from fcse.methods import Start
 from fcse.methods.adap_acse import AdapACSE, Terms
 from fcse.methods.cards import CARDS, switched
 from fcse.methods.core_tuning import CoreTuning
+from fcse.methods.debcse import DebCSE
 from fcse.methods.diffcse import DiffCSE
 from fcse.methods.ifnd import IFND
+from fcse.methods.iftcl import IFTCL
 from fcse.methods.pnr import PNR
 from fcse.methods.schedule import FOCAL, Schedule
 from fcse.methods.sparse_cse import SparseCSE
@@ -46,6 +48,8 @@ AUTHORS = {
     "schedule": Schedule(FOCAL),
     "pnr": PNR("", pseudo_negatives=True, distillation=1.0, own_negatives=True, norm="batch"),
     "sparse_cse": SparseCSE(0.1, structured=True, remove="lowest", balance=0.5, batches=8),
+    "iftcl": IFTCL(twins=1.0, queue=2, change="any", share=0.32),
+    "debcse": DebCSE(k=32, positive_from=0.75, negative_to=0.5, gamma=1.0, teacher="minilm"),
 }
 """What each name stands for."""
 OFF = {
@@ -58,6 +62,8 @@ OFF = {
     "schedule": {"schedule.temperatures": ""},
     "pnr": {"pnr.pseudo_negatives": False, "pnr.distillation": 0.0},
     "sparse_cse": {"sparse_cse.sparsity": 0.0},
+    "iftcl": {"iftcl.twins": 0, "iftcl.queue": 0},
+    "debcse": {"debcse.positives": False, "debcse.negatives": False},
 }
 TOGETHER = (SSCL(2), CARDS(k=4), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""
@@ -450,6 +456,14 @@ def test_what_cannot_be_is_one_line(config, method, message):
             r"core_tuning\.mixing takes each row's own negatives, sscl\.layers adds some",
         ),
         (
+            {"core_tuning.mixing": True, "iftcl.queue": 1},
+            r"core_tuning\.mixing takes each row's own negatives, iftcl\.queue adds some",
+        ),
+        (
+            {"core_tuning.mixing": True, "debcse.k": 4},
+            r"core_tuning\.mixing to false, or debcse\.negatives to false",
+        ),
+        (
             {"diffcse.detection": 0.005, "micro_batch_size": 4},
             r"diffcse\.detection needs a batch in one pass",
         ),
@@ -596,7 +610,7 @@ def test_a_run_of_before_methods_had_settings_is_loaded(config, tmp_path):
 @pytest.mark.parametrize("old_name", NEUTRAL)
 def test_a_setting_by_its_old_name_is_refused_with_the_new_one(old_name, tmp_path):
     name = {"neighbours": "k"}.get(old_name, old_name)
-    (method,) = [key for key, value in AUTHORS.items() if hasattr(value, name)]
+    (method,) = [key for key, value in STOOD_FOR.items() if hasattr(value, name)]
     with one_line_refusal(f"write {method}.{name}$"):
         configured(TrainConfig(), {old_name: 1})
     path = tmp_path / "grid.toml"

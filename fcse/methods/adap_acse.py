@@ -62,18 +62,22 @@ class AdapACSE(Method):
 
     def begin(self, start: Start) -> Moments:
         """Load or fit the teacher; raise InputError where it is not there."""
-        if self.teacher == TERMS:
-            return _Margin(self.margin, Terms(corpus_reader(start.config.corpus)()).encode)
-        from fcse import processes
-        from fcse.encoder.sentence_encoder import SentenceEncoder
-
-        teacher = SentenceEncoder.from_pretrained(self.teacher, "mean").eval()
-        teacher.to(start.encoder.device)
-        return _Margin(self.margin, partial(processes.encode, teacher))
+        return _Margin(self.margin, teacher_of(self.teacher, start)[0])
 
     def files(self) -> tuple[str, ...]:
         """The teacher, where it is a model."""
         return () if self.teacher == TERMS else (self.teacher,)
+
+
+def teacher_of(named: str, start: Start) -> tuple[Callable[[Sequence[str]], np.ndarray], str]:
+    """What embeds n texts, (n, D) float32, and a name that only equal ones of a corpus share."""
+    if named == TERMS:
+        return Terms(corpus_reader(start.config.corpus)()).encode, TERMS
+    from fcse import processes
+    from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
+
+    encoder = SentenceEncoder.from_pretrained(named, "mean").eval().to(start.encoder.device)
+    return partial(processes.encode, encoder), weights_hash(encoder.backbone)
 
 
 class Terms:
@@ -94,7 +98,7 @@ class Terms:
             self._reduced = TruncatedSVD(most, algorithm="arpack", random_state=0).fit(counted)
         except ValueError:
             said = "the corpus has too few words for the teacher tf-idf"
-            raise InputError(f"{said}: name an encoder as adap_acse.teacher") from None
+            raise InputError(f"{said}: name an encoder as teacher") from None
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """(n, D) float32, of any length; zero for a sentence without a known word."""

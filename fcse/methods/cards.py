@@ -21,7 +21,7 @@ Where this differs from the authors:
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -132,18 +132,23 @@ class _Retrieval(Moments):
         return Brought(second, further)
 
     def numbers(self, batch: Batch) -> "Tensor | None":
-        import torch
-
         # Where repeated sentences are not told from others, an anchor's own is all the same.
         if self.nearest is None or self.start.config.mask_duplicates:
             return None
-        rows = torch.from_numpy(batch.sentences.rows.astype(np.int64))
-        return rows.where(rows >= 0, -1 - torch.arange(len(rows)))
+        return row_numbers(batch)
 
     def loss(self, value: Loss, compared: Comparison) -> "Tensor":
         if self.nearest is not None:
             compared = compared.more(compared.brought[CARDS.key], compared.place(CARDS.key))
         return value(compared)
+
+
+def row_numbers(batch: Batch) -> "Tensor":
+    """The row of the corpus that each sentence is, (S,) int64; a number of its own for others."""
+    import torch
+
+    rows = torch.from_numpy(batch.sentences.rows.astype(np.int64))
+    return rows.where(rows >= 0, -1 - torch.arange(len(rows)))
 
 
 def drawn(neighbours: np.ndarray, rows: np.ndarray, seed: int, step: int) -> np.ndarray:
@@ -163,36 +168,44 @@ def drawn(neighbours: np.ndarray, rows: np.ndarray, seed: int, step: int) -> np.
 
 def _nearest(encoder: Any, corpus: Any, k: int, readout: Pooling) -> np.ndarray:
     """The sentence itself and its k - 1 nearest, (n, k), kept for the next run that asks."""
-    from fcse import processes
     from fcse.encoder.nearest import nearest
     from fcse.encoder.sentence_encoder import weights_hash
 
-    decides = [corpus.key, weights_hash(encoder.backbone), readout, k, versions()]
+    def search() -> np.ndarray:
+        ids = corpus.ids()
+        most = len(ids) + 1 - int(np.unique(ids, return_counts=True)[1].max())
+        if k > most:
+            raise InputError(
+                f"cards.k must be at most {most}, the distinct sentences of the corpus, got {k}"
+            )
+        reader = copy.copy(encoder)
+        reader.pooling = readout
+        others = nearest(corpus.embed(reader), k - 1, ids, encoder.device)
+        return np.column_stack([np.arange(len(others), dtype=others.dtype), others])
+
+    return found_once(search, [corpus.key, weights_hash(encoder.backbone), readout, k, versions()])
+
+
+def found_once(search: Callable[[], np.ndarray], decides: list[Any]) -> np.ndarray:
+    """What a search of the corpus finds, kept for the next run that asks; in all processes."""
+    from fcse import processes
+
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     path = cache_folder() / f"neighbours-{digest}.npy"
     world = processes.world()
-    found = path.is_file()
+    kept = path.is_file()
     world.wait_for_everyone()  # all have looked before the first one writes
-    if found:
+    if kept:
         try:
             return np.load(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)}): delete it") from None
-    ids = corpus.ids()
-    most = len(ids) + 1 - int(np.unique(ids, return_counts=True)[1].max())
-    if k > most:
-        raise InputError(
-            f"cards.k must be at most {most}, the distinct sentences of the corpus, got {k}"
-        )
-    reader = copy.copy(encoder)
-    reader.pooling = readout
-    others = nearest(corpus.embed(reader), k - 1, ids, encoder.device)
-    neighbours = np.column_stack([np.arange(len(others), dtype=others.dtype), others])
+    found = search()
     if world.is_main_process:
         way_out = "name another folder with XDG_CACHE_HOME, or make room"
         with writing(path.parent, way_out), replacing(path) as new, new.open("wb") as file:
-            np.save(file, neighbours)
-    return neighbours
+            np.save(file, found)
+    return found
 
 
 @cache

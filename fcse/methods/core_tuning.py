@@ -72,14 +72,15 @@ class CoreTuning(Method):
 
     def check(self, config: Any) -> None:
         """Raise InputError where another method adds negatives for all rows."""
-        others = {"sscl": "layers", "cards": "k"}
+        others = {"sscl": "layers", "cards": "k", "iftcl": "queue", "debcse": "negatives"}
         for other in config.methods:
             setting = others.get(other.key)
             if self.mixing and setting and getattr(other, setting) != 0:
+                off = "false" if setting == "negatives" else "0"
                 raise InputError(
                     f"core_tuning.mixing takes each row's own negatives, {other.key}.{setting} "
                     f"adds some for all rows: set core_tuning.mixing to false, or "
-                    f"{other.key}.{setting} to 0"
+                    f"{other.key}.{setting} to {off}"
                 )
 
     def begin(self, start: Start) -> Moments:
