@@ -1,21 +1,18 @@
 """FedRCL: clients train apart, held together by contrast within and between classes.
 
-Source: Seo et al., CVPR 2024 (arXiv 2401.04928), with their code (github.com/skynbe/FedRCL). Their
-clients hold other classes, so that weights drift apart. Beside its loss each contrasts samples by
-class, against the drift, and penalises those of a class that grow too alike, against collapse, at
-several layers. A round ends with the mean of all clients' weights.
-
-In their code a sample's contrast is InfoNCE of the least similar of its class against the two most
-similar of others; the penalty is log(1 + e^((s - 1) / tau)) at that s, where it reaches 0.7. The
-form "paper" is equation 5, as code of others has it: each of the class against all samples, and
-s / tau for those above 0.7, which at equal weights cancels their pull. There it is a sum over the
-class, here the mean. Where this differs from the authors:
+Source: Seo et al., CVPR 2024 (arXiv 2401.04928), with their code (github.com/skynbe/FedRCL).
+Clients hold other classes and drift apart; against that each contrasts samples by class beside its
+loss, and penalises those of a class that grow too alike, at several layers. A round ends with the
+mean of all weights. In their code a sample's contrast is InfoNCE of the least similar of its class
+against the two most similar of others; the penalty is log(1 + e^((s - 1) / tau)) at that s, from
+0.7 on. The form "paper" is equation 5 as others' code has it: each of the class against all, and
+s / tau for those above 0.7, which at equal weights cancels their pull. What differs:
 - They classify images. Here the objective is in place of the cross-entropy, both views are samples,
   and classes are articles, clusters, or sentences, whose pull on the other view is then penalised.
 - Levels are the last layer and some below, after the head. Theirs: five of a ResNet, before it.
-- All clients join each round; theirs are 5 of 100, all of one size.
-- A client trains as every run here: AdamW and other methods begin anew in each round, the rate
-  falls to 0 within it. They take SGD at an even rate. Both multiply it by 0.998 a round."""
+- Equation 5 sums over a class, here it is the mean. Of their 100 clients, of one size, 5 join a
+  round, here all. A client trains as every run here: AdamW and other methods begin anew in a round,
+  the rate falls to 0 within it. They take SGD at an even rate. Both multiply it by 0.998 a round."""
 
 import shutil
 import sys
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
 Form = Literal["code", "paper"]
 Classes = Literal["articles", "clusters", "identity"]
 
-TEMPERATURE, DECAY = 0.05, 0.998
+TEMPERATURE, DECAY, CLUSTERS = 0.05, 0.998, 25
 
 
 @dataclass(frozen=True)
@@ -59,24 +56,21 @@ class FedRCL(Method):
     """Both terms as in the authors' code, or their paper."""
     threshold: float = 0.7
     """Cosine from which on the penalty counts, >= -1."""
-    layers: int = 2
+    levels: int = 2
     """Layers below the last that count too, >= 0."""
     classes: Classes = "articles"
-    """articles, of wiki-mini alone; clusters, anew in each client's run; identity: sentences."""
-    clusters: int = 100
-    """Clusters of a corpus, >= 2, no more than sentences; a client makes its share of them."""
+    """articles, of wiki-mini; clusters, 25 a client, anew in each run; identity: sentences."""
 
     label = "FedRCL"
     switches = ("rounds", "contrast", "penalty")
 
     def __post_init__(self) -> None:
         least = {"clients": 1, "rounds": 0, "alpha": 1e-3, "contrast": 0, "penalty": 0}
-        for name, x in (least | {"threshold": -1, "layers": 0, "clusters": 2}).items():
+        for name, x in (least | {"threshold": -1, "levels": 0}).items():
             require(f"fed_rcl.{name}", getattr(self, name), x, below=1e6)
         for name, choices in {"form": get_args(Form), "classes": get_args(Classes)}.items():
-            if (chosen := getattr(self, name)) not in choices:
-                said = f"choose from {', '.join(choices)}"
-                raise InputError(f"unknown fed_rcl.{name} {chosen!r}: {said}")
+            if getattr(self, name) not in choices:
+                raise InputError(f"fed_rcl.{name} must be {' or '.join(choices)}")
 
     def check(self, config: Any) -> None:
         """Raise InputError for more rounds than steps, or where another method names the start."""
@@ -87,19 +81,18 @@ class FedRCL(Method):
 
     def begin(self, start: Start) -> Moments:
         """Find the classes; InputError: see `labels`."""
-        labels = self.labels(start.config, start.encoder)
-        return _Relaxed(self, labels) if self.contrast or self.penalty else Moments()
+        return _Relaxed(self, self.labels(start.config, start.encoder))
 
     def labels(self, config: Any, encoder: Any) -> np.ndarray:
         """Classes of the corpus' n sentences, (n,) integers; InputError: none, or layers lack."""
-        if self.layers > (most := encoder.backbone.config.num_hidden_layers - 1):
-            raise InputError(f"fed_rcl.layers must be at most {most}, got {self.layers}")
+        if self.levels > (most := encoder.backbone.config.num_hidden_layers - 1):
+            raise InputError(f"fed_rcl.levels must be at most {most}, got {self.levels}")
         sentences = load_corpus(config.corpus)
-        if self.classes == "clusters":
-            count = min(self.clusters, len(sentences))
-            return pseudo_labels(encoder.encode(sentences), count, 1.0, config.seed)
         if self.classes == "identity":
             return np.unique(sentences, return_inverse=True)[1]
+        if self.classes == "clusters":
+            most = min(CLUSTERS * self.clients, len(sentences))
+            return pseudo_labels(encoder.encode(sentences), most, 1.0, config.seed)
         of = {x: i for i, every in enumerate(load_wiki_articles().values()) for x in every}
         if not of.keys() >= {*sentences}:
             said = f"{config.corpus} has sentences that are in no article of wiki-mini"
@@ -119,31 +112,25 @@ class FedRCL(Method):
         return [[" ".join(sentences[row].split("\n")) for row in each] for each in rows]
 
     def of_client(self, config: Any, number: int, client: int, place: Path) -> Any:
-        """The config of a client's run in a round, both counted from 1.
-
-        place: has its sentences, and from the second round on the encoder that it starts from."""
-        part = replace(self, rounds=0, clients=1, clusters=max(2, self.clusters // self.clients))
+        """The config of a round's run, from 1, of a client, from 0, whose text is in a folder."""
+        part = replace(self, rounds=0, clients=1)
+        on = tuple(part if x.key == self.key else x for x in config.methods)
         begun, end = (config.steps * x // self.rounds for x in (number - 1, number))
+        rate = config.learning_rate * DECAY ** (number - 1)
         start, seed = config.encoder, config.seed  # which makes the head that all have in common
         if number > 1:
             start = str(place / "server")
             seed = int(np.random.default_rng((7, seed, number, client)).integers(2**32))
-        changed = {
-            "encoder": start,
-            "corpus": str(place / f"{client}.txt"),
-            "output": str(place / f"round-{number}" / str(client)),
-            "methods": tuple(part if x.key == self.key else x for x in config.methods),
-            "learning_rate": config.learning_rate * DECAY ** (number - 1),
-        }
-        usual = {"metric": "last", "checkpoints": False}
-        return replace(config, steps=end - begun, seed=seed, **usual, **changed)
+        text, output = place / f"{client}.txt", place / f"round-{number}" / str(client)
+        where = {"encoder": start, "corpus": str(text), "output": str(output)}
+        usual = {"metric": "last", "checkpoints": False, "learning_rate": rate, "seed": seed}
+        return replace(config, methods=on, steps=end - begun, **where, **usual)
 
     def whole(self, config: Any, train: Any, folder: Any, callback: Any, score: Any) -> bool:
         """Train in rounds: a simulation, in which clients take turns on one machine.
 
         It goes on after the last round that ended, and takes over clients' runs that did. Scores
-        are of the mean, losses means over clients, whose steps are all called back. InputError: see
-        `shares`, several processes, or what a client's run raises."""
+        are of the mean, losses means over clients. InputError: see `shares`; several processes."""
         from fcse import processes
         from fcse.encoder.sentence_encoder import SentenceEncoder, weights_hash
 
@@ -162,22 +149,18 @@ class FedRCL(Method):
             found["effective_rank"] = effective_rank(server.encode(sample, normalize=True))
             folder.log(step=step, **score(server), **{f"fed_rcl.{k}": x for k, x in found.items()})
 
-        def best() -> dict[str, float]:
-            scored = reversed(folder.metrics()[1][1:])
-            return max(scored, key=lambda scores: (scores[by] == scores[by], scores[by]))
-
         folder.claim()
         if folder.record() is not None:
             return True  # by whom we waited for
         print(f"{config.run_name}: {said}", file=sys.stderr)
-        state, place, step, records = folder.start(), folder.path / "clients", 0, []
-        if state is None:
-            log(0)
-        else:
+        place, step, records, kept = folder.path / "clients", 0, [], {}
+        if state := folder.start():
             server.load_state_dict(state.tensors)
-            step, records = state.step, state.facts["records"]
+            step, records, kept = state.step, state.facts["records"], state.facts["kept"]
+        else:
+            log(0)
         place.mkdir(exist_ok=True)
-        for client, share in enumerate(shares, 1):
+        for client, share in enumerate(shares):
             (place / f"{client}.txt").write_text("\n".join(share), encoding="utf-8")
         for number in range(1 + len(records) // self.clients, self.rounds + 1):
             before = {name: x.detach().cpu().clone() for name, x in server.state_dict().items()}
@@ -185,28 +168,28 @@ class FedRCL(Method):
                 with replacing(place / "server") as new:
                     server.save_pretrained(new)
             later = callback and (lambda i, encoder, begun=step: callback(begun + i, encoder))
-            clients = range(1, self.clients + 1)
-            runs = [train(self.of_client(config, number, x, place), later) for x in clients]
+            own = [self.of_client(config, number, x, place) for x in range(self.clients)]
+            runs = [train(each, later) for each in own]
             sent = [run.encoder.state_dict() for run in runs]
-            mean = mean_weights(sent)
-            server.load_state_dict(mean)
+            server.load_state_dict(mean_weights(sent))
             for losses in zip(*(run.losses for run in runs), strict=True):
                 step += 1
                 folder.log(step=step, loss=sum(losses) / len(losses))
-            size = sum(x.nbytes for x in mean.values())
+            size = sum(x.nbytes for x in before.values())
             log(step, **drift(before, sent), bytes_sent=2 * self.clients * size)
-            if best()["step"] == step:
+            kept = max(folder.metrics()[1][:0:-1], key=lambda x: np.nan_to_num(x[by], nan=-np.inf))
+            if kept["step"] == step:
                 folder.keep(server)
             if config.checkpoints and number < self.rounds:
                 folder.keep_checkpoint(step, server)
             records += [run.record for run in runs]
-            folder.keep_state(SimpleNamespace(step=step, tensors=mean, facts={"records": records}))
+            facts, tensors = {"records": records, "kept": kept}, server.state_dict()
+            folder.keep_state(SimpleNamespace(step=step, tensors=tensors, facts=facts))
             shutil.rmtree(place / f"round-{number}")
         shutil.rmtree(place)
-        kept = best()
         folder.finish(
             **{x: records[0][x] for x in ("device", "hardware", "precision", "processes")},
-            **{x: sum(each[x] for each in records) for x in ("wall_time_s", "masked_pairs")},
+            **{x: round(sum(y[x] for y in records), 1) for x in ("wall_time_s", "masked_pairs")},
             kept_step=kept["step"],
             scores={name: x for name, x in kept.items() if name != "step" and "." not in name},
             corpus={"sentences": len(sentences), "sha256": text_hash(sentences)},
@@ -219,7 +202,7 @@ class FedRCL(Method):
 
 class _Relaxed(Moments):
     def __init__(self, settings: FedRCL, known: np.ndarray) -> None:
-        self.settings, self.layers, self.known = settings, settings.layers, known
+        self.settings, self.layers, self.known = settings, settings.levels, known
 
     def beside(self, compared: Comparison) -> "Tensor":
         import torch
@@ -235,14 +218,12 @@ class _Relaxed(Moments):
         of = torch.from_numpy(labels).repeat(2).to(compared.v.device)
         with torch.autocast(of.device.type, enabled=False):
             sims = [similarity_matrix(x, x) for x in levels]
-            found = [terms(sim, of, settings.form, settings.threshold) for sim in sims]
-            return sum(settings.contrast * c + settings.penalty * p for c, p in found) / len(sims)
+            found = torch.stack([terms(x, of, settings.form, settings.threshold) for x in sims])
+            return found.mean(dim=0) @ found.new_tensor([settings.contrast, settings.penalty])
 
 
-def terms(
-    sim: "Tensor", labels: "Tensor", form: Form = "code", threshold: float = 0.7
-) -> "tuple[Tensor, Tensor]":
-    """Contrast and penalty of S samples, () each: (S, S) float cosines, (S,) classes."""
+def terms(sim: "Tensor", labels: "Tensor", form: Form, threshold: float) -> "Tensor":
+    """Contrast and penalty, (2,), of S samples: their cosines, (S, S) float, and classes, (S,)."""
     import torch
 
     same = labels[:, None] == labels
@@ -254,16 +235,15 @@ def terms(
         contrast = torch.cat([far, near], dim=1).logsumexp(dim=1, keepdim=True) - far
         s = sim.masked_fill(~others, torch.inf).min(dim=1).values
         s = s.where((s >= threshold) & s.isfinite(), -1)
-        return contrast.mean(), torch.nn.functional.softplus((s - 1) / TEMPERATURE).mean()
-    share = others / others.sum(dim=1, keepdim=True).clamp_min(1) / len(sim)
+        penalty = torch.nn.functional.softplus((s - 1) / TEMPERATURE)
+        return torch.stack([contrast.mean(), penalty.mean()])
+    share = others.to(sim) / others.sum(dim=1, keepdim=True).clamp_min(1) / len(sim)
     total = z.masked_fill(same ^ others, -torch.inf).logsumexp(dim=1, keepdim=True)
-    return (share * (total - z)).sum(), (share * (sim > threshold) * z).sum()
+    return torch.stack([(share * (total - z)).sum(), (share * (sim > threshold) * z).sum()])
 
 
 def partition(labels: np.ndarray, clients: int, alpha: float, seed: int) -> np.ndarray:
-    """The client, from 0, of each sentence, (n,) integers, by its class, (n,), and the seed.
-
-    A class' Dirichlet draw is the probabilities with which each of its sentences goes where."""
+    """The client, from 0, of each sentence, (n,) integers, by its class, (n,), and the seed."""
     generator = np.random.default_rng((6, seed))
     classes, of = np.unique(labels, return_inverse=True)
     bounds = generator.dirichlet(np.full(clients, alpha), len(classes)).cumsum(axis=1)
@@ -272,26 +252,26 @@ def partition(labels: np.ndarray, clients: int, alpha: float, seed: int) -> np.n
 
 def mean_weights(sent: "list[dict[str, Tensor]]") -> "dict[str, Tensor]":
     """The mean of what clients sent, head and buffers too, each client alike, in float64."""
-    import torch
-
-    stacked = {name: torch.stack([each[name] for each in sent]) for name in sent[0]}
-    return {name: x.double().mean(dim=0).to(x.dtype) for name, x in stacked.items()}
+    total: dict[str, Any] = {name: sum(each[name].double() for each in sent) for name in sent[0]}
+    return {name: (total[name] / len(sent)).to(x.dtype) for name, x in sent[0].items()}
 
 
 def drift(before: "dict[str, Tensor]", sent: "list[dict[str, Tensor]]") -> dict[str, float]:
     """The mean norm of clients' updates, and the mean cosine of two of them, 0 where one is all."""
     import torch
 
-    moved = ([(each[name] - x).flatten().double() for each in sent] for name, x in before.items())
-    products = sum(torch.stack(part) @ torch.stack(part).T for part in moved)
+    products = torch.zeros(len(sent), len(sent), dtype=torch.float64)
+    for name, x in before.items():
+        moved = torch.stack([(each[name] - x).flatten() for each in sent]).double()
+        products += moved @ moved.T
     norms = products.diagonal().sqrt()
+    cosines = (products / norms / norms[:, None]).triu(1).sum()
     pairs = max(1, len(sent) * (len(sent) - 1) / 2)
-    cosine = (products / norms / norms[:, None]).triu(1).sum() / pairs
-    return {"drift_norm": norms.mean().item(), "drift_cosine": cosine.item()}
+    return {"drift_norm": norms.mean().item(), "drift_cosine": cosines.item() / pairs}
 
 
 def effective_rank(x: np.ndarray) -> float:
     """1 to min(n, D): e to the entropy of the singular values' shares (Roy & Vetterli 2007)."""
-    values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-shares @ np.log(shares)))
+    from scipy.stats import entropy
+
+    return float(np.exp(entropy(np.linalg.svd(x.astype(np.float64), compute_uv=False))))
