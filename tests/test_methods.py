@@ -24,6 +24,7 @@ from fcse.methods.adap_acse import AdapACSE, Terms
 from fcse.methods.cards import CARDS, switched
 from fcse.methods.core_tuning import CoreTuning
 from fcse.methods.diffcse import DiffCSE
+from fcse.methods.fed_rcl import FedRCL
 from fcse.methods.ifnd import IFND
 from fcse.methods.schedule import FOCAL, Schedule
 from fcse.methods.sscl import SSCL
@@ -42,6 +43,7 @@ AUTHORS = {
     "ifnd": IFND(acceptance=1.0, clusters=100),
     "core_tuning": CoreTuning(focal_weight=True, mixing=True),
     "schedule": Schedule(FOCAL),
+    "fed_rcl": FedRCL(clients=4, rounds=4, alpha=0.3, contrast=1.0, penalty=1.0, form="code"),
 }
 """What each name stands for."""
 OFF = {
@@ -52,6 +54,7 @@ OFF = {
     "ifnd": {"ifnd.acceptance": 0},
     "core_tuning": {"core_tuning.focal_weight": False, "core_tuning.mixing": False},
     "schedule": {"schedule.temperatures": ""},
+    "fed_rcl": {"fed_rcl.rounds": 0, "fed_rcl.contrast": 0, "fed_rcl.penalty": 0},
 }
 TOGETHER = (SSCL(2), CARDS(k=4), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""
@@ -97,6 +100,7 @@ def test_a_name_stands_for_its_settings(config, name):
 def test_each_method_changes_what_is_learned(config, tmp_path, name, margin):
     # Two clusters and half a corpus a batch: three kept labels in it are enough for a pair.
     small = {"ifnd": IFND(clusters=2, cluster_steps=1), "adap_acse": margin, "cards": CARDS(k=8)}
+    small["fed_rcl"] = FedRCL(clients=1, rounds=2)  # forty sentences, all of one article
     config = replace(config, batch_size=20)
     on = train(replace(config, methods=(small.get(name, AUTHORS[name]),)))
     assert on.losses != train(elsewhere(config, tmp_path, "plain")).losses

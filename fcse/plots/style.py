@@ -45,6 +45,7 @@ METHODS: dict[str, Style] = {
     "AdapACSE": Style("#999933", "d", (0, (6, 2))),
     "IFND": Style("#AA4499", "h", (0, (6, 2))),
     "Core-tuning": Style("#661100", "8", (0, (6, 2))),
+    "FedRCL": Style("#44AA99", "P", (0, (6, 2))),
     "temperature schedule": Style("#88CCEE", "$\\tau$", (0, (6, 2))),
 }
 """Method that is added to an objective -> its style."""

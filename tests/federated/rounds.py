@@ -30,8 +30,10 @@ def begun(context):
     """The config, its FedRCL, and the encoder that all start from."""
     config = configured(TrainConfig(), json.loads(context.run_config["settings"]))
     (fed_rcl,) = (method for method in config.methods if method.key == "fed_rcl")
-    return config, fed_rcl, SentenceEncoder.from_pretrained(
-        config.encoder, config.pooling, config.seed
+    return (
+        config,
+        fed_rcl,
+        SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed),
     )
 
 
