@@ -5,7 +5,7 @@ BIN := .venv/bin
 export FCSE_RUNS ?= $(CURDIR)/runs
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study lab app check test clean
+.PHONY: study lab app check test federated clean
 
 study: .venv/ready
 	$(BIN)/fcse study
@@ -43,6 +43,16 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval $(SLOW) $(filter-out $(SLOW),$(FILES))
 
+# A server and two clients as processes. Flower's pins do not go with ours: an environment of its own.
+federated: .venv/ready .venv-federated/ready
+	$(BIN)/pytest tests/test_federation.py
+
+.venv-federated/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-federated
+	grep -v -E '^(certifi|packaging|rich|typer)==' constraints.txt > .venv-federated/constraints.txt
+	.venv-federated/bin/python -m pip install --constraint .venv-federated/constraints.txt --editable . flwr==1.42.0
+	touch $@
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
@@ -50,4 +60,4 @@ test: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-federated runs

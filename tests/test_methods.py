@@ -25,6 +25,7 @@ from fcse.methods.cards import CARDS, switched
 from fcse.methods.core_tuning import CoreTuning
 from fcse.methods.debcse import DebCSE
 from fcse.methods.diffcse import DiffCSE
+from fcse.methods.fed_rcl import FedRCL
 from fcse.methods.ifnd import IFND
 from fcse.methods.iftcl import IFTCL
 from fcse.methods.pnr import PNR
@@ -50,6 +51,7 @@ AUTHORS = {
     "sparse_cse": SparseCSE(0.1, structured=True, remove="lowest", balance=0.5, batches=8),
     "iftcl": IFTCL(twins=1.0, queue=2, change="any", share=0.32),
     "debcse": DebCSE(k=32, positive_from=0.75, negative_to=0.5, gamma=1.0, teacher="minilm"),
+    "fed_rcl": FedRCL(clients=4, rounds=4, alpha=0.3, contrast=1.0, penalty=1.0, form="code"),
 }
 """What each name stands for."""
 OFF = {
@@ -64,6 +66,7 @@ OFF = {
     "sparse_cse": {"sparse_cse.sparsity": 0.0},
     "iftcl": {"iftcl.twins": 0, "iftcl.queue": 0},
     "debcse": {"debcse.positives": False, "debcse.negatives": False},
+    "fed_rcl": {"fed_rcl.rounds": 0, "fed_rcl.contrast": 0, "fed_rcl.penalty": 0},
 }
 TOGETHER = (SSCL(2), CARDS(k=4), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""
@@ -109,6 +112,7 @@ def test_a_name_stands_for_its_settings(config, name):
 def test_each_method_changes_what_is_learned(config, tmp_path, name, margin):
     # Two clusters and half a corpus a batch: three kept labels in it are enough for a pair.
     small = {"ifnd": IFND(clusters=2, cluster_steps=1), "adap_acse": margin, "cards": CARDS(k=8)}
+    small["fed_rcl"] = FedRCL(clients=1, rounds=2)  # forty sentences, all of one article
     config = replace(config, batch_size=20)
     on = train(replace(config, methods=(small.get(name, AUTHORS[name]),)))
     assert on.losses != train(elsewhere(config, tmp_path, "plain")).losses

@@ -266,9 +266,7 @@ class Method:
         """Prepare a run; raise InputError where encoder or corpus do not go with it."""
         raise NotImplementedError
 
-    def whole(
-        self, config: Any, train: Callable[..., Any], folder: Any, callback: Callable | None
-    ) -> bool:
+    def whole(self, config: Any, train: Any, folder: Any, callback: Any, score: Any) -> bool:
         """Make the whole run out of others, in an outer loop, and finish its folder.
 
         Or return False, with nothing done: then the run is trained as any other.
@@ -277,7 +275,8 @@ class Method:
             config: of the run.
             train: config and callback -> a finished run.
             folder: of the run, a `training.folder.RunFolder`.
-            callback: gets the number of a step and the encoder, as that of `train` does."""
+            callback: gets the number of a step and the encoder, as that of `train` does.
+            score: encoder -> what a run logs of it, see `evaluation.score`."""
         return False
 
     def files(self) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ METHODS: dict[str, Style] = {
     "SparseCSE after StarK's scoring": Style("#44AA99", "$S$", (0, (6, 2))),
     "IFTCL after the abstract": Style("#225555", "$\\delta$", (0, (6, 2))),
     "DebCSE after the abstract": Style("#666633", "$e$", (0, (6, 2))),
+    "FedRCL": Style("#CC6677", "$F$", (0, (6, 2))),
     "temperature schedule": Style("#88CCEE", "$\\tau$", (0, (6, 2))),
 }
 """Method that is added to an objective -> its style."""

@@ -50,7 +50,8 @@ def train(config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     folder = run_folder(config)
     try:
         if folder.record() is None and not any(
-            method.whole(config, train, folder, callback) for method in config.methods
+            method.whole(config, train, folder, callback, partial(_scores, config))
+            for method in config.methods
         ):
             low = resolve_precision(config.precision) == "bf16"
             with speed.freed_memory_kept() if low else nullcontext():
@@ -226,6 +227,10 @@ def _prepare(config: TrainConfig) -> _Run:
     acting = {method.key: method.begin(start) for method in config.methods}
     micro_batches.set_random_state(drawn)  # a run that had to come first has drawn from it, or not
     return _Run(precision, encoder, corpus, first_weights, acting)
+
+
+def _scores(config: TrainConfig, encoder: SentenceEncoder) -> dict[str, float]:
+    return score(encoder, judged_pairs(config.metric), config.score_precision)
 
 
 def _log(folder: RunFolder, first: bool, **numbers: float) -> None:
