@@ -293,8 +293,6 @@ def typed(said: str, kind: type, name: str, value: Any) -> Any:
 
 
 def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
-    if new := renamed(said):
-        return f"write {new}"
     if said in methods.names():
         return f"write {said}.{fields(methods.method(said))[0].name}"
     known = [*hints]
@@ -304,50 +302,12 @@ def _way_out(said: str, kind: type, hints: Mapping[str, Any]) -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
-OLD: dict[str, tuple[str, Any, Any]] = {
-    "layers": ("sscl", 1, 0),
-    "neighbours": ("cards", 8, 0),
-    "case_switch": ("cards", 0.0, 0.0),
-    "detection": ("diffcse", 0.005, 0.0),
-    "generator": ("diffcse", "unigrams", "unigrams"),
-    "margin": ("adap_acse", 0.05, 0.0),
-    "teacher": ("adap_acse", "minilm", "minilm"),
-    "acceptance": ("ifnd", 0.5, 0.0),
-    "clusters": ("ifnd", 500, 500),
-    "cluster_steps": ("ifnd", None, None),
-    "focal_weight": ("core_tuning", True, False),
-    "mixing": ("core_tuning", True, False),
-}
-"""Setting of a method, as it was called before methods had settings of their own -> the method,
-what its name stood for, and what is off."""
-
-
-def renamed(setting: str) -> str | None:
-    """What a setting of a method is called today, None where it had no other name."""
-    now = f"{OLD[setting][0]}.{setting}" if setting in OLD else setting
-    return {"cards.neighbours": "cards.k"}.get(now, now if setting in OLD else None)
-
-
 def recorded(record: Mapping[str, Any]) -> TrainConfig:
-    """The config of a run from its record, also one written before methods had settings.
+    """The config of a run from its record.
 
     Classes that are not the kit's become `Recorded`. InputError, TypeError or KeyError: the record
     is none."""
     record = dict(record)
-    if OLD.keys() & record.keys():
-        objective = record["objective"]
-        record["objective"] = objective if objective in OBJECTIVES else "info_nce"
-        for old, (method, stood_for, off) in OLD.items():
-            value = record.pop(old, None)
-            usual = stood_for if objective == method else off
-            record[f"{method}.{old}"] = usual if value is None else value
-    if "diffcse.generator" in record and "diffcse.batch_norm" not in record:
-        record["diffcse.generator"] = record["diffcse.generator"] or "unigrams"
-        record |= {"diffcse.batch_norm": False, "diffcse.all_positions": False}
-    if "cards.neighbours" in record:  # that did not count the sentence itself
-        others = record.pop("cards.neighbours")
-        record["cards.k"] = others + 1 if others else 0
-        record.setdefault("cards.readout", record.get("pooling", "cls"))
     parts = record["objective"].split("+")
     foreign = {}
     for part in [part for part in parts if f"{part}.printed" in record]:

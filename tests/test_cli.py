@@ -15,7 +15,6 @@ from own_process import flags
 from transformers import AutoModel
 
 from fcse import cli
-from fcse.config import OLD
 from fcse.data import load_lee
 from fcse.encoder import SentenceEncoder
 from fcse.methods.cards import CARDS
@@ -301,18 +300,6 @@ def test_flags_for_all_settings_give_the_config_back(monkeypatch, tmp_path):
     config = replace(config, micro_batch_size=3, output=str(tmp_path), metric="lee")
     assert run(*flags(config)) == 0
     assert trained == [config]
-
-
-@pytest.mark.parametrize("name", OLD)
-def test_a_flag_of_before_methods_had_settings_says_what_to_write(name, capsys):
-    flag, method = name.replace("_", "-"), OLD[name][0].replace("_", "-")
-    values = {f"--{flag}": f"--{method}.{flag}", f"--{name}=1": f"--{method}.{flag}"}
-    if name in ("focal_weight", "mixing"):
-        values[f"--no-{flag}"] = f"--{method}.no-{flag}"
-    for old, new in values.items():
-        assert run("train", "--encoder", "no/such", old, "1") == 2
-        said = f"fcse: unknown flag {old.removesuffix('=1')}: write {new}\n"
-        assert capsys.readouterr().err == said
 
 
 def test_train_writes_a_run_reuses_it_and_refuses_another(tiny_model, corpus, tmp_path, capsys):

@@ -128,41 +128,6 @@ def test_contrasts_are_paired_and_corrected(comparison):
     )
 
 
-KINDS = ("info_nce", "focal_info_nce", "sscl", "focal_info_nce+sscl", "ifnd")
-
-
-@pytest.fixture
-def methods(write):
-    return read_study(write("methods", [row(kind, s) for kind in KINDS for s in SEEDS]))
-
-
-def test_interactions_are_differences_of_paired_gains(methods):
-    (found,) = findings.interactions(methods, ["Lee"]).itertuples()  # ifnd ran alone only
-    plain, focal, alone, both = (
-        methods[methods["contestant"] == name].sort_values("seed")["Lee"].to_numpy()
-        for name in (PLAIN, FOCAL, "InfoNCE + SSCL", "Focal-InfoNCE + SSCL")
-    )
-    test = scipy.stats.ttest_1samp((both - focal) - (alone - plain), 0)
-    assert (found.score, found.method, found.seeds) == ("Lee", "SSCL", len(SEEDS))
-    assert found.mean == pytest.approx((both - focal).mean())
-    assert found.difference == pytest.approx((both - focal - alone + plain).mean())
-    assert (found.p, found.p_holm) == pytest.approx((test.pvalue, test.pvalue))
-    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval()))
-
-
-def test_methods_stand_in_one_row_without_and_with_the_modulation(methods):
-    gains = contrasts(methods, ["Lee"])
-    table = findings.without_and_with(gains)
-    assert list(table.index) == [FOCAL, "IFND", "SSCL"]
-    texts = findings.written(gains).set_axis([gains["baseline"], gains["contestant"]])
-    assert table["Lee", PLAIN].to_dict() == {
-        FOCAL: texts[PLAIN, FOCAL],
-        "IFND": texts[PLAIN, "InfoNCE + IFND"],
-        "SSCL": texts[PLAIN, "InfoNCE + SSCL"],
-    }
-    assert table["Lee", FOCAL].tolist() == ["", "", texts[FOCAL, "Focal-InfoNCE + SSCL"]]
-
-
 def test_a_star_marks_what_is_shown():
     rows = {"difference": [0.678, -1.0], "low": [0.54, -2], "high": [0.811, 0.02]}
     table = pd.DataFrame(rows | {"p_holm": [0.049, 0.05]}, index=[3, 1])
@@ -464,7 +429,10 @@ def test_every_picture_says_what_it_shows(write, comparison):
              for t in (0.03, 0.05) for m in (0, 0.3)])  # fmt: skip
     write("batch_size", [row("info_nce", s, batch_size=n) for s in (0, 1) for n in (16, 32)])
     write("second_corpus", [row(v, s, corpus="third.txt") for v in both for s in SEEDS])
-    write("methods", [row(v, s) for v in (*KINDS[:4], "ifnd+sscl") for s in SEEDS])
+    write(
+        "methods",
+        [row(v, s) for v in (*both, "sscl", "focal_info_nce+sscl", "ifnd+sscl") for s in SEEDS],
+    )
     found = draw(folder)
     names = {"chosen", "learning_rate", "surface", "batch_size", "contrasts", "methods"}
     assert set(found) == names

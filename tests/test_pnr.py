@@ -1,6 +1,5 @@
 """PNR's two terms against loops in float64, its arms, and runs that go on from another run."""
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from fcse.encoder import SentenceEncoder
 from fcse.encoder.sentence_encoder import weights_hash
 from fcse.losses import Columns, loss, similarity_matrix
 from fcse.methods import Start
-from fcse.methods.pnr import PNR, held_out_loss, neighbour_overlap, predictor
+from fcse.methods.pnr import PNR, neighbour_overlap, predictor
 from fcse.objectives import FocalInfoNCE, InfoNCE
 from fcse.training import read_run, train
 from fcse.training.batches import compare, loss_of, make_batch, views
@@ -202,19 +201,6 @@ def test_overlap_is_the_share_of_neighbours_that_stayed():
     assert neighbour_overlap(x, y, k=4) == pytest.approx(expected)
     with one_line_refusal("k must be from 1 to 29"):
         neighbour_overlap(x, y, k=30)
-
-
-def test_held_out_loss_is_that_of_training(still_model, sentences):
-    encoder = SentenceEncoder.from_pretrained(still_model, "cls", 0)
-    state = copy.deepcopy(torch.get_rng_state())
-    found = held_out_loss(encoder, sentences[:50], FocalInfoNCE(), batch_size=16)
-    assert torch.equal(state, torch.get_rng_state())
-    assert not encoder.training
-    u, v = (x.detach() for x in encoder(encoder.tokenize(sentences[:48], 32)))
-    parts = [similarity_matrix(u[i : i + 16], v[i : i + 16]) for i in (0, 16, 32)]
-    assert found == pytest.approx(np.mean([loss(part).item() for part in parts]), rel=1e-5)
-    with one_line_refusal("50 held-out sentences are fewer than one batch"):
-        held_out_loss(encoder, sentences[:50], FocalInfoNCE())
 
 
 def test_bad_input_is_one_line(config, tmp_path):

@@ -15,7 +15,7 @@ import tyro
 
 from fcse import methods
 from fcse.cli import commands
-from fcse.config import OLD, PARAMETERS, TrainConfig, configured
+from fcse.config import PARAMETERS, TrainConfig, configured
 from fcse.errors import InputError
 from fcse.objectives import documented, key, parameters
 from fcse.recipes import RECIPES, recipe
@@ -82,17 +82,6 @@ def _train_command(arguments: Sequence[str]) -> Callable[..., None]:
     return run
 
 
-def _renamed(arguments: Sequence[str]) -> str:
-    """What to write for the first flag that methods had before they had settings of their own."""
-    for flag in (argument.partition("=")[0] for argument in arguments if "train" in arguments[:1]):
-        setting = flag.removeprefix("--").replace("-", "_")
-        old = setting if setting in OLD else setting.removeprefix("no_")
-        if flag.startswith("--") and old in OLD:
-            new = f"{OLD[old][0]}.{setting}".replace("_", "-")
-            return f"unknown flag {flag}: write --{new}"
-    return ""
-
-
 def _one_line(box: str) -> str:
     """The message inside the frame that the parser draws around an error."""
     title, *body = (line.strip("│╭╰╮╯─|+- ") for line in box.splitlines())
@@ -121,7 +110,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
             )
     except SystemExit as stop:
         if stop.code:
-            raise InputError(_renamed(arguments) or _one_line(complaint.getvalue())) from None
+            raise InputError(_one_line(complaint.getvalue())) from None
         raise
 
 

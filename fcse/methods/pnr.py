@@ -22,7 +22,7 @@ Where this differs from their code:
 - AdamW, a head on the first token; there LARS, a projector, 500 epochs a task."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -139,29 +139,3 @@ def neighbour_overlap(before: np.ndarray, after: np.ndarray, k: int = 10) -> flo
 
     pairs = zip(nearest(before, k), nearest(after, k), strict=True)
     return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in pairs]))
-
-
-def held_out_loss(
-    encoder: Any, sentences: list[str], objective: Any, batch_size: int = 64, max_length: int = 32
-) -> float:
-    """The mean loss over batches of sentences that were not trained on, dropout and head on.
-
-    The higher on the corpus before, the more was forgotten; the lower on the new one, the more was
-    learned. sentences: at least one batch; what is left over is not counted. InputError: fewer."""
-    import torch
-
-    from fcse.losses import chunked_loss
-
-    batches = len(sentences) // batch_size
-    if not batches:
-        raise InputError(f"{len(sentences)} held-out sentences are fewer than one batch")
-    was_training, total = encoder.training, 0.0
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(0)
-        encoder.train()
-        for i in range(batches):
-            texts = sentences[i * batch_size : (i + 1) * batch_size]
-            u, v = encoder(encoder.tokenize(texts, max_length))
-            total += float(chunked_loss(u, v, objective))
-    encoder.train(was_training)
-    return total / batches

@@ -1,25 +1,21 @@
 """SparseCSE: what contributes least to alignment and uniformity is removed, then training repeats.
 
-Source: An, Zhang and Song (arXiv 2311.03881), of which the abstract could be had: a trained encoder
-holds parameters that harm its embeddings; the contribution of each is measured by an alignment
-score and a uniformity score, and the lowest are removed. The formula of the scores is that of a
-work of two of its authors, StarK (Zhang et al., arXiv 2210.03923, github.com/GeneZC/StarK), hence
-the name "after StarK's scoring": with a mask of 1 on every attention head and every neuron between
-the layers, the size of d score / d mask is summed over batches, divided by its norm over the layer,
-and the two scores are joined half and half.
+Source: the abstract of An, Zhang and Song, arXiv 2311.03881: a trained encoder holds parameters
+that harm its embeddings; each is scored by alignment and uniformity, the lowest are removed. The
+formula is that of StarK, by two of its authors (arXiv 2210.03923, github.com/GeneZC/StarK), hence
+"after StarK's scoring": with a mask of 1 on every attention head and every neuron between the
+layers, |d score / d mask| is summed over batches, divided by its norm over the layer, and the two
+scores are joined half and half. As in StarK, training then starts again from the first weights,
+with the same order of sentences, and what was removed is 0 after every step.
 
-A run: the same run without this method comes first, and lies beside it. Its encoder is scored on
-sentences of the corpus. Then training starts again, from the same weights and with the same order
-of sentences, and what was removed is 0 after every step.
-What is this kit's own, since the abstract does not say:
+The run without this method comes first, and lies beside. What is this kit's own:
 - The scores. Alignment: the mean of |u - v|^2 over two dropout views of a sentence. Uniformity: the
   logarithm of the mean of exp(-2 |x - y|^2) over pairs, without dropout. Both without the head.
-- Training again. StarK does that; whether SparseCSE does is not known.
-- The share removed, and the number of sentences that are scored. StarK's scores are of a dev set;
-  here that is left to choosing settings.
-- The signed score, single weights, and the controls."""
+- They are of sentences of the corpus. StarK's are of a dev set, which here only chooses settings.
+- The share removed, the signed score, single weights, and the controls."""
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -38,9 +34,6 @@ Remove = Literal["lowest", "highest", "random", "magnitude"]
 
 Scores = dict[tuple[str, str], "Tensor"]
 """Kind of part and name of a weight -> a score for each of its parts, in order."""
-
-_SMALLEST = 1e-7
-"""Beside a norm by which is divided, as in StarK."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +89,14 @@ class _Removed(Moments):
         prune(self.encoder, self.kept)
 
     def remark(self) -> str:
-        removed = {}
+        gone: Counter[str] = Counter()
+        of: Counter[str] = Counter()
         for (kind, _), mask in self.kept.items():
-            before = removed.get(kind, (0, 0))
-            removed[kind] = before[0] + int((~mask).sum()), before[1] + mask.numel()
-        said = ", ".join(f"{gone} of {count} {kind}" for kind, (gone, count) in removed.items())
-        return f"sparse_cse removed {said}"
+            gone[kind] += int((~mask).sum())
+            of[kind] += len(mask)
+        return (
+            f"sparse_cse removed {', '.join(f'{gone[kind]} of {of[kind]} {kind}' for kind in of)}"
+        )
 
 
 class Part(NamedTuple):
@@ -169,16 +164,14 @@ def contributions(
     control."""
     import torch
 
-    encoder = copy.deepcopy(encoder)
+    encoder, generator = copy.deepcopy(encoder), torch.Generator().manual_seed(seed)
     found = parts(encoder, settings.structured)
+    of_size = [_summed(part, part.weight.detach().square()) for part in found]
     if settings.remove == "random":
-        generator = torch.Generator().manual_seed(seed)
-        of_size = [_summed(part, part.weight.detach()) for part in found]
-        drawn = [torch.rand(x.shape, generator=generator) for x in of_size]
-        return {part[:2]: x for part, x in zip(found, drawn, strict=True)}
-    if settings.remove == "magnitude":
-        return {part[:2]: _summed(part, part.weight.detach().square()) for part in found}
-    sums = [[torch.zeros(()) for _ in found] for _ in range(2)]
+        of_size = [torch.rand(x.shape, generator=generator) for x in of_size]
+    if settings.remove in ("random", "magnitude"):
+        return {part[:2]: x.cpu() for part, x in zip(found, of_size, strict=True)}
+    sums = [[0 * x for x in of_size] for _ in range(2)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for token_ids in batches:
@@ -189,17 +182,16 @@ def contributions(
             values = alignment_score(*views), uniformity_score(encoder.pool(features))
             for value, sum_ in zip(values, sums, strict=True):
                 gradients = torch.autograd.grad(value, [part.weight for part in found])
-                for i, (part, gradient) in enumerate(zip(found, gradients, strict=True)):
+                for part, gradient, x in zip(found, gradients, sum_, strict=True):
                     of_part = _summed(part, part.weight.detach() * gradient)
                     # Without a part the score changes by -d score / d mask; both are better low.
-                    sum_[i] = sum_[i] + (-of_part if settings.signed else of_part.abs())
-    shares = settings.balance, 1 - settings.balance
-    joined = [
-        sum(share * x / (x.norm() + _SMALLEST) for share, x in zip(shares, both, strict=True))
-        for both in zip(*sums, strict=True)
-    ]
-    sign = -1 if settings.remove == "highest" else 1
-    return {part[:2]: sign * x.cpu() for part, x in zip(found, joined, strict=True)}
+                    x += -of_part if settings.signed else of_part.abs()
+    shares, scores = (settings.balance, 1 - settings.balance), {}
+    for part, *both in zip(found, *sums, strict=True):
+        # The smallest number is StarK's.
+        joined = sum(share * x / (x.norm() + 1e-7) for share, x in zip(shares, both, strict=True))
+        scores[part[:2]] = (-joined if settings.remove == "highest" else joined).cpu()
+    return scores
 
 
 def _summed(part: Part, of_weights: "Tensor") -> "Tensor":
@@ -216,14 +208,13 @@ def masks(scores: Scores, sparsity: float) -> Scores:
     then those that went before are among them."""
     import torch
 
-    kept = {at: torch.ones_like(x, dtype=torch.bool) for at, x in scores.items()}
+    kept: Scores = {}
     for kind in dict.fromkeys(kind for kind, _ in scores):
-        at = [key for key in scores if key[0] == kind]
-        joined = torch.cat([scores[key] for key in at])
+        of_kind = {at: x for at, x in scores.items() if at[0] == kind}
+        joined = torch.cat([*of_kind.values()])
         flat = torch.ones_like(joined, dtype=torch.bool)
         flat[joined.argsort(stable=True)[: int(sparsity * len(joined))]] = False
-        for key, mask in zip(at, flat.split([len(scores[key]) for key in at]), strict=True):
-            kept[key] = mask
+        kept |= zip(of_kind, flat.split([*map(len, of_kind.values())]), strict=True)
     return kept
 
 

@@ -185,27 +185,6 @@ def contrasts(
     return pd.DataFrame(rows)
 
 
-def interactions(table: pd.DataFrame, scores: Sequence[str]) -> pd.DataFrame:
-    """Whether methods and the modulation add up: what each gains with it, less what without.
-
-    Returns: One row a score and method that ran both ways: "score", "method" and the numbers of
-    `contrasts` from "seeds" on; 0 is a plain sum of gains, and "mean" the gain with the modulation.
-    The methods on one score are a family. InputError: as in `contrasts`."""
-    rows = []
-    for score in scores:
-        by_seed = table.pivot_table(index="seed", columns="contestant", values=score)
-        found = []
-        for loss in by_seed:
-            method = loss.removeprefix(f"{PLAIN} + ")
-            both = f"{FOCAL} + {method}"
-            if method != loss and both in by_seed:
-                without = by_seed[loss] - by_seed[PLAIN]
-                beside = by_seed[both] - by_seed[FOCAL]
-                found.append({"score": score, "method": method} | _paired(without, beside))
-        rows += _corrected(found)
-    return pd.DataFrame(rows)
-
-
 def _paired(baseline: pd.Series, other: pd.Series) -> dict[str, float]:
     """The numbers of one comparison, over the seeds that both have."""
     both = pd.concat([baseline, other], axis=1).dropna().to_numpy().T
@@ -230,19 +209,6 @@ def _corrected(family: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     """The same rows with Holm's correction for their number."""
     adjusted = holm([row["p"] for row in family])
     return [row | {"p_holm": p} for row, p in zip(family, adjusted, strict=True)]
-
-
-def without_and_with(gains: pd.DataFrame) -> pd.DataFrame:
-    """What each method gains over InfoNCE, and with the modulation over Focal-InfoNCE.
-
-    gains: `contrasts` of methods on one corpus. Returns: One row a method (or the modulation
-    itself), columns (score, baseline) of texts as of `written`; "" where it did not run that way.
-    """
-    pairs = zip(gains["baseline"], gains["contestant"], strict=True)
-    methods = [loss.removeprefix(f"{baseline} + ") for baseline, loss in pairs]
-    table = gains.assign(gain=written(gains), method=methods)
-    wide = table.pivot(index="method", columns=["score", "baseline"], values="gain")
-    return wide.loc[table["method"].unique()].fillna("")
 
 
 def written(table: pd.DataFrame) -> pd.Series:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from fcse import methods
-from fcse.config import PARAMETERS, TrainConfig, configured, flattened, renamed
+from fcse.config import PARAMETERS, TrainConfig, configured, flattened
 from fcse.data import STS_TASKS, is_file
 from fcse.encoder.precision import resolve_precision
 from fcse.errors import InputError
@@ -134,8 +134,6 @@ def _check_keys(table: Mapping[str, Any], where: str) -> None:
             continue
         if key in _TOP:
             raise InputError(f"{key}{where}: it belongs at the top of the file")
-        if new := renamed(key):
-            raise InputError(f"unknown key {key!r}: write {new}{where}")
         near = get_close_matches(key, [*known, *_TOP], n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
         raise InputError(f"unknown key {key!r}{where}: {hint}")

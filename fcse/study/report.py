@@ -44,7 +44,8 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
             if record["finished"] and recipe in (None, record["config"]["recipe"]):
                 configs[path.parent] = recorded(record["config"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is no record of a run: delete that folder") from None
+            said = f"{path} is no record of a run that this version reads"
+            raise InputError(f"{said}: delete that folder") from None
     if not configs:
         raise InputError(f"{folder} holds no finished run: train with fcse train, or name another")
     rows = [config.settings for config in configs.values()]
