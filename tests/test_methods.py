@@ -44,7 +44,7 @@ AUTHORS = {
     "ifnd": IFND(acceptance=1.0, clusters=100),
     "core_tuning": CoreTuning(focal_weight=True, mixing=True),
     "schedule": Schedule(FOCAL),
-    "iftcl": IFTCL(twins=1.0, queue=2, change="any", share=0.32),
+    "iftcl": IFTCL(twins=10.0, queue=2, change="any", share=0.32, margin="between"),
     "debcse": DebCSE(k=32, positive_from=0.75, negative_to=0.5, gamma=1.0, teacher="minilm"),
 }
 """What each name stands for."""
