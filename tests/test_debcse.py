@@ -18,6 +18,7 @@ from fcse.methods.debcse import (
     BINS,
     EDITS,
     DebCSE,
+    _cosines,
     drawn,
     inverse_propensities,
     overlaps,
@@ -80,6 +81,12 @@ def made(config):
         return corpus, acting, batch
 
     return make
+
+
+def test_a_cosine_below_zero_is_none():
+    y = np.array([[[-1.0, 0.0], [2.0, 0.0], [1.0, 1.0], [0.0, 0.0]]])
+    found = _cosines(np.array([[3.0, 0.0]]), y)
+    np.testing.assert_allclose(found, [[0, 1, 0.5**0.5, 0]], rtol=1e-6)
 
 
 def parts_by_hand(text):

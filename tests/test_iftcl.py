@@ -1,5 +1,6 @@
 """IFTCL after the abstract: its twins and its queue against the formulas in float64."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -66,28 +67,33 @@ def vectors(count, seed=0, size=8, width=32):
     return torch.randn(count, size, width, dtype=torch.float64, generator=generator)
 
 
-def term_by_hand(u, w, margin):
+def term_by_hand(u, w, margin, v=None):
     total = 0.0
     for i in range(len(u)):
-        total += max(0.0, margin[i] - (1 - unit(u[i]) @ unit(w[i]))) ** 2
+        nearest = 1 if v is None else unit(u[i]) @ unit(v[i])
+        total += max(0.0, margin[i] - (nearest - unit(u[i]) @ unit(w[i]))) ** 2
     return total / len(u)
 
 
-def test_the_term_is_the_formula_with_its_derivative():
-    u, w = (x.requires_grad_() for x in vectors(2, width=4))
+@pytest.mark.parametrize("between", [True, False])
+def test_the_term_is_the_formula_with_its_derivative(between):
+    u, w, v = (x.requires_grad_() for x in vectors(3, width=4))
+    v = v if between else None
     margin = torch.linspace(0.2, 1.8, 8, dtype=torch.float64)
-    found = twins(u, w, margin)
+    found = twins(u, w, margin, v).square().mean()
     a, b = (unit(x.detach().numpy()) for x in (u, w))
-    assert found.item() == pytest.approx(term_by_hand(a, b, margin.numpy()), rel=1e-12)
+    c = None if v is None else unit(v.detach().numpy())
+    assert found.item() == pytest.approx(term_by_hand(a, b, margin.numpy(), c), rel=1e-12)
 
-    # d term / d (u.w) = 2 max(0, margin - 1 + u.w) / N, and u.w moves w across itself alone.
+    # d term / d (u.w) = 2 max(0, margin - d) / N, and u.w moves w across itself alone.
     cosine = (a * b).sum(1)
-    pull = 2 * np.maximum(0, margin.numpy() - 1 + cosine) / 8
+    reached = (1 if c is None else (a * c).sum(1)) - cosine
+    pull = 2 * np.maximum(0, margin.numpy() - reached) / 8
     assert (pull > 0).any() and (pull == 0).any()
     across = (a - cosine[:, None] * b) / np.linalg.norm(w.detach().numpy(), axis=1)[:, None]
     (by_w,) = torch.autograd.grad(found, w, retain_graph=True)
     np.testing.assert_allclose(by_w.numpy(), pull[:, None] * across, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda x, y: twins(x, y, margin), (u, w))
+    assert torch.autograd.gradcheck(lambda x, y: twins(x, y, margin, v), (u, w))
 
 
 def test_the_innate_margin_is_that_of_the_start_behind_the_head(made, sentences):
@@ -112,8 +118,9 @@ def test_the_innate_margin_is_that_of_the_start_behind_the_head(made, sentences)
     assert (expected > 1e-3).sum() > 4
 
 
-def test_the_loss_of_a_step_is_the_formula_in_float64(made):
-    _, acting, batch = made(IFTCL(twins=3.0, queue=2))
+@pytest.mark.parametrize("margin", ["between", "innate"])
+def test_the_loss_of_a_step_is_the_formula_in_float64(margin, made):
+    _, acting, batch = made(IFTCL(twins=3.0, queue=2, margin=margin))
     acting[KEY].first.double()
     u, v, w, old = vectors(4)
     first, second = batch(1, range(8)), batch(2, [3, *range(9, 16)])
@@ -132,7 +139,8 @@ def test_the_loss_of_a_step_is_the_formula_in_float64(made):
             queued = [unit(u[i]) @ unit(x) for j, x in enumerate(columns) if (i, j) != (0, 3)]
             z = np.exp(np.array(cosines + queued) / 0.05)
             total -= np.log(z[i] / z.sum())
-        return total / 8 + 3.0 * term_by_hand(u, w.numpy(), margins)
+        pair = v if margin == "between" else None
+        return total / 8 + 3.0 * term_by_hand(u, w.numpy(), margins, pair)
 
     u, v, old = u.numpy(), v.numpy(), old.numpy()
     assert empty == pytest.approx(expected(first, old, old, []), rel=1e-10)
@@ -208,22 +216,37 @@ def test_either_part_alone(made, config, tmp_path):
     assert items(found)[0][2] != items(found)[0][0]
     assert items(found) == items(made(TWINS)[2](1, range(8)))
     assert items(batch(2, range(8))) != items(found)
-    assert acting[KEY].state() == {}
+    assert acting[KEY].state().keys() == {"counts"}
 
 
-def test_twins_keep_changed_words_at_a_distance(config, tmp_path, sentences):
-    """The stronger the term, the larger the distances that a run ends with."""
-    pairs = {}
+@pytest.mark.parametrize("margin", ["between", "innate"])
+def test_what_the_twins_lack_is_less_where_they_count(margin, config, tmp_path, sentences):
     generator = np.random.default_rng(0)
     changed = [changed_words(x, "any", 0.32, generator) for x in sentences[:40]]
-    for weight in (0.0, 300.0):
-        on = IFTCL(twins=weight, queue=0)
+    first = SentenceEncoder.from_pretrained(config.encoder, "cls", 0)
+    pair = [first.tokenize(x, 16) for x in (sentences[:40], changed)]
+    lacks = {}
+    for weight in (0.0, 100.0):
+        on = IFTCL(twins=weight, queue=0, margin=margin)
         run = train(elsewhere(config, tmp_path, str(weight), methods=(on,), steps=30))
-        encoder = run.encoder
         with torch.no_grad():
-            pair = (encoder.tokenize(x, 16) for x in (sentences[:40], changed))
-            pairs[weight] = distances(*encoder(*pair))
-    assert pairs[300.0].mean() > 1.2 * pairs[0.0].mean()
+            torch.manual_seed(0)
+            u, v, w = run.encoder.train()(pair[0], further=[pair[1]])
+            v = v if margin == "between" else None
+            lacks[weight] = twins(u, w, distances(*first(*pair)), v).square().mean()
+    assert lacks[100.0] < 0.8 * lacks[0.0]
+
+
+def test_a_term_that_never_acts_is_said_also_after_a_kill(config, tmp_path):
+    # One swap of words that are alike, beside the dropout of a model that is all noise.
+    idle = replace(config, methods=(IFTCL(queue=0, change="swap", share=0.0, margin="innate"),))
+    train_until_interrupted(idle, 4)
+    (remark,) = train(idle).record["remarks"]
+    assert re.fullmatch(r"iftcl's twins were too close in \d of 48 pairs, next to none", remark)
+    acts = train(elsewhere(config, tmp_path, "acts", methods=(IFTCL(queue=0),)))
+    assert acts.record["remarks"] == []
+    queue = train(elsewhere(config, tmp_path, "queue", methods=(QUEUE,)))
+    assert queue.record["remarks"] == []
 
 
 def test_a_run_that_is_killed_goes_on_as_undisturbed(config, tmp_path):
@@ -313,6 +336,7 @@ def test_realised_against_innate_margins():
         ({"iftcl.twins": -1.0}, r"iftcl\.twins must be a finite number of at least 0, got -1"),
         ({"iftcl.queue": -1}, r"iftcl\.queue must be .* of at least 0, got -1"),
         ({"iftcl.share": 1.5}, r"iftcl\.share must lie between 0 and 1, got 1\.5"),
+        ({"iftcl.margin": "mu"}, r"unknown iftcl\.margin 'mu': choose from between, innate"),
         ({"iftcl.change": "all"}, r"unknown iftcl\.change 'all': choose from any, repetition"),
     ],
     ids=str,

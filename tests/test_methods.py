@@ -48,7 +48,7 @@ AUTHORS = {
     "schedule": Schedule(FOCAL),
     "pnr": PNR("", pseudo_negatives=True, distillation=1.0, own_negatives=True, norm="batch"),
     "sparse_cse": SparseCSE(0.1, structured=True, remove="lowest", balance=0.5, batches=8),
-    "iftcl": IFTCL(twins=1.0, queue=2, change="any", share=0.32),
+    "iftcl": IFTCL(twins=10.0, queue=2, change="any", share=0.32, margin="between"),
     "debcse": DebCSE(k=32, positive_from=0.75, negative_to=0.5, gamma=1.0, teacher="minilm"),
     "fed_rcl": FedRCL(clients=4, rounds=4, alpha=0.3, contrast=1.0, penalty=1.0, form="code"),
 }

@@ -7,8 +7,10 @@ again. Neither formulas nor code could be had: all formulas and values are this 
 Twins: the identical twin of a sentence is its other dropout view v_i. The fraternal twin w_i has
 some words repeated, left out or swapped with the next one, and is embedded once. Their innate
 margin is delta_i = 1 - cos of both under the encoder of the start, without dropout, behind its
-head. Beside the loss stands twins * mean_i max(0, delta_i - (1 - u_i.w_i))^2: closer than at the
-start is too close. w_i is in no other term. A step has one more pass that learns, two that do not.
+head. Beside the loss stands twins * mean_i max(0, delta_i - d_i)^2: closer than at the start is too
+close. d_i is u_i.v_i - u_i.w_i, what the change of words adds to dropout, or with `margin` innate
+1 - u_i.w_i as it is. That has dropout in it, and with the packaged encoder it was never near
+delta_i. w_i is in no other term. A step has one more pass that learns, two that do not.
 
 Queue: the views v of the last batches are further columns, without gradients. A sentence that
 comes back while it is in the queue is left out for itself, as any repeat is."""
@@ -28,13 +30,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Change = Literal["any", "repetition", "deletion", "swap"]
+Margin = Literal["between", "innate"]
 
 
 @dataclass(frozen=True)
 class IFTCL(Method):
     """Settings of IFTCL after the abstract (Xiao et al. 2023); the values are this kit's."""
 
-    twins: float = 1.0
+    twins: float = 10.0
     """Weight of the term that keeps a changed sentence at its distance, >= 0; 0 turns it off."""
     queue: int = 2
     """Batches whose second views stay as negatives, >= 0; 0 keeps none."""
@@ -42,6 +45,8 @@ class IFTCL(Method):
     """What happens to words: repetition, deletion, swap with the next one, or any of these."""
     share: float = 0.32
     """Most words that change, 0 to 1 of a sentence; at least one does."""
+    margin: Margin = "between"
+    """What is kept at the innate margin: the gap between both twins, or innate: 1 - cos itself."""
 
     label = "IFTCL after the abstract"
     switches = ("twins", "queue")
@@ -50,9 +55,10 @@ class IFTCL(Method):
         require("iftcl.twins", self.twins)
         require("iftcl.queue", self.queue)
         require_share("iftcl.share", self.share)
-        if self.change not in get_args(Change):
-            choices = ", ".join(get_args(Change))
-            raise InputError(f"unknown iftcl.change {self.change!r}: choose from {choices}")
+        for name, kind in (("change", Change), ("margin", Margin)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise InputError(f"unknown iftcl.{name} {value!r}: choose from {choices}")
 
     def begin(self, start: Start) -> Moments:
         """Copy the encoder; InputError: the queue holds more than the corpus has sentences."""
@@ -65,7 +71,10 @@ class IFTCL(Method):
 
 class _Twins(Moments):
     def __init__(self, settings: IFTCL, start: Start) -> None:
+        import torch
+
         self.settings, self.start = settings, start
+        self.counts = torch.zeros(2, device=start.encoder.device)  # too close, and all
         # A run that goes on takes its weights later: these are those of the start in any case.
         self.first = copy.deepcopy(start.encoder).eval().requires_grad_(False)
         self.held: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.queue)
@@ -99,21 +108,35 @@ class _Twins(Moments):
         place = batch.places[IFTCL.key]
         changed = processes.share(batch.sentences.token_ids[place : place + batch.size])
         margin = distances(*self.first(compared.token_ids, changed))
-        return self.settings.twins * twins(compared.u, compared.brought[IFTCL.key][:n], margin)
+        v = compared.v[:n] if self.settings.margin == "between" else None
+        missing = twins(compared.u, compared.brought[IFTCL.key][:n], margin, v)
+        self.counts += self.counts.new_tensor([0, n])
+        self.counts[0] += (missing.detach() > 0).sum()
+        return self.settings.twins * missing.square().mean()
 
     def after_step(self, step: int) -> None:
         self.held.append(self.fresh)
 
+    def remark(self) -> str:
+        close, n = self.counts.tolist()
+        said = f"iftcl's twins were too close in {close:.0f} of {n:.0f} pairs, next to none"
+        return said if close < 0.01 * n else ""
+
     def state(self) -> "dict[str, Tensor]":
-        return {f"{i}/{j}": x for i, pair in enumerate(self.held) for j, x in enumerate(pair)}
+        held = {f"{i}/{j}": x for i, pair in enumerate(self.held) for j, x in enumerate(pair)}
+        return {"counts": self.counts} | held
 
     def restore(self, state: "dict[str, Tensor]") -> None:
+        self.counts = state["counts"].to(self.counts.device)
         self.held.extend((state[f"{i}/0"], state[f"{i}/1"]) for i in range(len(state) // 2))
 
 
-def twins(u: "Tensor", w: "Tensor", margin: "Tensor") -> "Tensor":
-    """mean_i max(0, margin_i - (1 - u_i.w_i))^2, (): (n, D) float of any length, margin (n,)."""
-    return (margin - distances(u, w)).clamp_min(0).square().mean()
+def twins(u: "Tensor", w: "Tensor", margin: "Tensor", v: "Tensor | None" = None) -> "Tensor":
+    """max(0, margin_i - d_i), (n,), d_i the gap between both twins, or 1 - u_i.w_i without v.
+
+    u, w, v: (n, D) float, of any length. margin: (n,)."""
+    reached = distances(u, w) - (0 if v is None else distances(u, v))
+    return (margin - reached).clamp_min(0)
 
 
 def distances(u: "Tensor", w: "Tensor") -> "Tensor":
