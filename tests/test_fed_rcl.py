@@ -173,6 +173,9 @@ def test_the_loss_is_the_objective_and_the_mean_over_levels(made, form, levels):
         values, _ = in_loops(x @ x.T, labels, form, 0.7)
         expected.append(0.5 * values[0] + 2 * values[1])
     assert (found - alone).item() == pytest.approx(np.mean(expected), rel=1e-9)
+    more = more[0], *(x.float() for x in more[1:])
+    low = [loss_of(InfoNCE(), on, bf16, compare(batch, *more)) for on in ([*acting.values()], [])]
+    assert (low[0] - low[1]).item() == pytest.approx(np.mean(expected), rel=1e-4)
     (gradient,) = torch.autograd.grad(found - alone, u)
     assert gradient.abs().sum() > 0
 
@@ -369,6 +372,8 @@ def test_a_killed_run_goes_on_and_repeats_no_client_that_was_done(undisturbed, t
 
     with pytest.raises(KeyboardInterrupt):
         train(at, stop)
+    left = {path.name for path in (at.folder / "clients").glob("round-*")}
+    assert left == {"round-1" if calls <= 9 else "round-2"}
     again = []
     run = train(at, lambda step, encoder: again.append(step))
     assert again == ([1, 2, 3] * 3 + [4, 5, 6] * 3)[(calls - 1) // 3 * 3 :]
