@@ -105,6 +105,9 @@ METHODS = {
     "core_tuning.mixing": False,
     "pnr.norm": "layer",
     "sparse_cse.sparsity": 0.2,
+    "iftcl.queue": 1,
+    "debcse.k": 4,
+    "debcse.teacher": "tf-idf",
 }
 
 
@@ -120,7 +123,7 @@ def test_a_run_of_two_processes_is_that_of_one(methods, still_config, tmp_path):
         assert said.count("run: ") == 1
     two = read_run(tmp_path / "two")
     assert two.config == elsewhere
-    assert len(two.config.methods) == (7 if methods else 0)
+    assert len(two.config.methods) == (9 if methods else 0)
     assert two.record["processes"] == 2
     assert two.losses == pytest.approx(one.losses, abs=1e-4)
     assert two.record["masked_pairs"] == one.record["masked_pairs"] == 8

@@ -73,9 +73,11 @@ class FedRCL(Method):
                 raise InputError(f"fed_rcl.{name} must be {' or '.join(choices)}")
 
     def check(self, config: Any) -> None:
-        """Raise InputError for more rounds than steps, or where another method names the start."""
+        """Raise InputError for more rounds than steps, or another method's head or start."""
         if self.rounds > config.steps:
             raise InputError(f"fed_rcl.rounds must be at most steps, {config.steps}: lower it")
+        if self.rounds and any(getattr(x, "batch_norm", False) for x in config.methods):
+            raise InputError("fed_rcl averages plain heads: set diffcse.batch_norm to false")
         if self.rounds > 1 and any(x.starts_from is not None for x in config.methods):
             raise InputError("fed_rcl starts a round from the mean: set fed_rcl.rounds to 1")
 
