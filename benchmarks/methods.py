@@ -2,7 +2,8 @@
 
 And of plain InfoNCE in float32, past all that a method could ask for, against a loop that knows
 nothing of methods: encoder, loss, gradients and optimiser, written out. Rounds alternate;
-preparations (CARDS' search, IFND's clusters, DiffCSE's generator) are not in a step.
+preparations (searches, clusters, DiffCSE's generator, SparseCSE's first run) are not in a step, and
+FedRCL is its two terms in one run.
 
     python benchmarks/methods.py
 """
@@ -28,7 +29,10 @@ from fcse.training import train
 
 ROUNDS, STEPS, SENTENCES = 2, 5, 800
 TOGETHER = "focal_info_nce+sscl+cards+ifnd"
-CLUSTERS = {"ifnd.clusters": 50, "ifnd.cluster_steps": 100}
+FITTING = {
+    "ifnd": {"ifnd.clusters": 50, "ifnd.cluster_steps": 100},
+    "fed_rcl": {"fed_rcl.rounds": 0, "fed_rcl.classes": "identity"},
+}
 BARE, PLAIN = "the bare step, float32", "info_nce, float32"
 CONFIG = replace(recipe("minilm-short"), batch_size=64, steps=STEPS + 1, eval_steps=100)
 
@@ -60,7 +64,8 @@ def bare(sentences: list[str]) -> Callable[[], float]:
 def trained(corpus: Path, objective: str) -> Callable[[], float]:
     name, _, precision = objective.partition(", ")
     settings = {"objective": name, "precision": precision or "auto"}
-    settings |= CLUSTERS if "ifnd" in objective else {}
+    for part in name.split("+"):
+        settings |= FITTING.get(part, {})
 
     def seconds() -> float:
         ends: list[float] = []
