@@ -51,8 +51,8 @@ class NegativeExplorer:
         for control in (self.step, self.anchor):
             control.observe(lambda _: self.redraw(), names="value")
         self.redraw()
-        top = beside(self.run, self.step)
-        self.widget = widgets.VBox([top, self.anchor, self._tables, SliderNames()])
+        shown = [beside(self.run, self.step), self.anchor, self._tables, SliderNames()]
+        self.widget = widgets.VBox(shown)
 
     def similarities(self, run: str, step: int) -> Tensor:
         """The batch's similarity matrix after a step of a run: (N, N) float32, computed once."""

@@ -122,7 +122,7 @@ class TrainingPanel:
             config = self.config
             folder = run_folder(config)
             if folder.record() is not None:
-                run = _read(config, folder)
+                run = Progress(config, folder.path, *folder.metrics())
                 if not run.evaluations:
                     raise InputError(f"{folder.path} holds no scores: delete it and train again")
                 self._join(run)
@@ -183,7 +183,7 @@ class TrainingPanel:
     def _look(self, config: TrainConfig, folder: RunFolder) -> None:
         """Show what the run has written since the last look."""
         try:
-            run = _read(config, folder)
+            run = Progress(config, folder.path, *folder.metrics())
         except (FileNotFoundError, ValueError):  # not begun, or in the middle of a line
             return
         if run != self.live:
@@ -246,11 +246,6 @@ def _end(process: BaseProcess) -> None:
     process.join()
 
 
-def _read(config: TrainConfig, folder: RunFolder) -> Progress:
-    """What a run has written so far."""
-    return Progress(config, folder.path, *folder.metrics())
-
-
 def _complaint(output: bytes, code: int) -> str:
     """What a process that failed says to its user, else how it ended."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
@@ -262,7 +257,7 @@ def _complaint(output: bytes, code: int) -> str:
 
 
 def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
+    return f"{count} step{'s'[: count != 1]}"
 
 
 def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> tuple[bytes, str]:
@@ -294,8 +289,8 @@ def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> t
         if runs:
             axes.set_xlim(0, 1.02 * max(run.config.steps for _, run, _ in runs))
     if runs:
-        handles, labels = losses.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        handles = losses.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right upper", frameon=False)
     canvas.draw()
     alt = "Loss and Lee score over the steps."
     for label, run, _ in runs:
