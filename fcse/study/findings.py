@@ -140,11 +140,8 @@ def _between(found: pd.DataFrame, row: Mapping[str, Any], setting: str, held: li
 def with_tuned(table: pd.DataFrame, best: pd.DataFrame, by: str) -> pd.DataFrame:
     """Rows of InfoNCE at the paper's temperature and of others, and those of `TUNED`.
 
-    That is InfoNCE at the temperature that was chosen at each value of `by`.
-
-    Args:
-        table: from `read_study`, one corpus.
-        best: columns `by` and "temperature"."""
+    That is InfoNCE at the temperature that was chosen at each value of `by`. table: from
+    `read_study`, one corpus. best: columns `by` and "temperature"."""
     at = table[by].map(best.set_index(by)["temperature"])
     plain = table["contestant"].map(family) == PLAIN
     tuned = table[plain & np.isclose(table["temperature"], at)].assign(contestant=TUNED)
@@ -181,7 +178,8 @@ def contrasts(
             for baseline, loss in compared
             if {baseline, loss} <= set(by_seed)
         ]
-        rows += _corrected(found)
+        adjusted = holm([row["p"] for row in found])
+        rows += [row | {"p_holm": p} for row, p in zip(found, adjusted, strict=True)]
     return pd.DataFrame(rows)
 
 
@@ -205,12 +203,6 @@ def _paired(baseline: pd.Series, other: pd.Series) -> dict[str, float]:
     }
 
 
-def _corrected(family: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """The same rows with Holm's correction for their number."""
-    adjusted = holm([row["p"] for row in family])
-    return [row | {"p_holm": p} for row, p in zip(family, adjusted, strict=True)]
-
-
 def written(table: pd.DataFrame) -> pd.Series:
     """Differences of `contrasts` as text, "+0.68 (+0.54 to +0.81) *": a star for p_holm < 0.05."""
     texts = [
@@ -224,9 +216,7 @@ def shown(gains: pd.DataFrame, baseline: str, loss: str, sign: int = 1) -> pd.Se
     """Whether a loss lies above its baseline (sign -1: below), p < 0.05 after Holm's correction.
 
     gains: `contrasts` of one score. Returns bools, indexed by corpus."""
-    found = gains[(gains["baseline"] == baseline) & (gains["contestant"] == loss)].set_index(
-        "corpus"
-    )
+    found = gains.query("baseline == @baseline and contestant == @loss").set_index("corpus")
     return (sign * found["difference"] > 0) & (found["p_holm"] < 0.05)
 
 
