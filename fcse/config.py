@@ -23,6 +23,7 @@ from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, Recorded, key, na
 Metric = Literal["last", "lee", "stsb_dev"]
 
 _PRECISIONS = ("precision", "score_precision")
+_LEAST = dict(batch_size=2, micro_batch_size=1, steps=1, max_length=3, seed=0, eval_steps=1)
 _CHOICES = {"pooling": Pooling, "metric": Metric} | dict.fromkeys(_PRECISIONS, Precision)
 
 PARAMETERS = {f.name: kind for kind in OBJECTIVES.values() for f in fields(kind)}
@@ -92,18 +93,9 @@ class TrainConfig:
         object.__setattr__(self, "methods", tuple(method for method in fitted if method.on))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
-                raise InputError(
-                    f"unknown {name} {getattr(self, name)!r}: "
-                    f"choose from {', '.join(get_args(choices))}"
-                )
-        for name, least in (
-            ("batch_size", 2),
-            ("micro_batch_size", 1),
-            ("steps", 1),
-            ("max_length", 3),
-            ("seed", 0),
-            ("eval_steps", 1),
-        ):
+                said = ", ".join(get_args(choices))
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose from {said}")
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} must be at least {least}, got {value}")
@@ -136,18 +128,22 @@ class TrainConfig:
         return found
 
     @property
+    def precisions(self) -> dict[str, Precision]:
+        """The precisions as this machine takes them, by their names."""
+        return {name: resolve_precision(getattr(self, name)) for name in _PRECISIONS}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the result: the settings, local files' bytes, versions.
 
         A precision is what "auto" means on this machine."""
-        taken = {name: resolve_precision(getattr(self, name)) for name in _PRECISIONS}
         patterns = ("*.safetensors", "*.bin", "*/model.safetensors")
         models = [self.encoder, *(file for method in self.methods for file in method.files())]
         folders = [Path(model) for model in models if is_folder(model)]
         found = [path for folder in folders for glob in patterns for path in folder.glob(glob)]
         files = (Path(self.corpus), *sorted(found))
         return {
-            "config": self.settings | taken,
+            "config": self.settings | self.precisions,
             "files": {str(path): sha256(path) for path in files if is_file(path)},
             "versions": versions(),
         }
@@ -247,9 +243,8 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
             objective = replace(objective, **{setting: value})
         else:
             kind = type(on[part]) if part in on else methods.method(part)
-            on[part] = replace(
-                on.get(part) or kind(), **{setting: typed(name, kind, setting, value)}
-            )
+            value = typed(name, kind, setting, value)
+            on[part] = replace(on.get(part) or kind(), **{setting: value})
     return replace(config, objective=objective, methods=tuple(on.values()), **rest)
 
 
@@ -280,9 +275,8 @@ def typed(said: str, kind: type, name: str, value: Any) -> Any:
         return value
     if value is None and type(None) in allowed:
         return None
-    expected = (
-        str if get_origin(hint) is Literal else next((k for k in _KINDS if k in allowed), None)
-    )
+    allowed += (str,) if get_origin(hint) is Literal else ()
+    expected = next((k for k in _KINDS if k in allowed), None)
     if expected is None:
         return value
     if expected is float and type(value) is int:
