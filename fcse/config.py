@@ -153,8 +153,9 @@ class TrainConfig:
         """A folder name that is the same for equal identities only.
 
         Settings at their defaults have no part in it, so that one added later renames no run."""
-        identity = self.identity
-        objective, on = parse(_known(self))
+        identity, kits = self.identity, (*OBJECTIVES, *methods.names())
+        parts = [part for part in identity["config"]["objective"].split("+") if part in kits]
+        objective, on = parse("+".join(parts) or "info_nce")
         usual = {f.name: f.default for f in fields(self)}
         usual |= {k: v for part in (objective, *on.values()) for k, v in _of_part(part).items()}
         set_ = {k: v for k, v in identity["config"].items() if k not in usual or v != usual[k]}
@@ -179,12 +180,6 @@ def _of_part(part: Any) -> dict[str, Any]:
         own = json.loads(json.dumps(own, default=repr))  # as it comes back from a record
         own |= {"printed": objectives.name(part), "code": objectives.code(type(part))}
     return {f"{key(part)}.{k}": v for k, v in own.items()}
-
-
-def _known(config: TrainConfig) -> str:
-    """The parts of a config that are the kit's, as `objective` names them."""
-    parts = [key(part) for part in (config.objective, *config.methods)]
-    return "+".join(p for p in parts if p in OBJECTIVES or p in methods.names()) or "info_nce"
 
 
 def parse(text: str) -> tuple[Any, dict[str, methods.Method]]:
@@ -222,15 +217,14 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
         objective = named(chosen)
     own = {name: flat.pop(name) for name in PARAMETERS if name in flat}
     own = {name: typed(name, PARAMETERS[name], name, value) for name, value in own.items()}
+    said = ", ".join(own)
     if own and type(objective) not in OBJECTIVES.values():
         raise InputError(
-            f"{', '.join(own)} beside the objective {objectives.name(objective)}, which has its "
+            f"{said} beside the objective {objectives.name(objective)}, which has its "
             "own parameters: set them there"
         )
     if own and not isinstance(chosen, str) and "objective" in given:
-        raise InputError(
-            f"{', '.join(own)} beside an objective that is a value: set its parameters there"
-        )
+        raise InputError(f"{said} beside an objective that is a value: set its parameters there")
     has = {f.name for f in fields(objective)}
     objective = replace(objective, **{name: x for name, x in own.items() if name in has})
     rest: dict[str, Any] = {}
