@@ -170,9 +170,7 @@ def mixed_pairs(
     negative_columns: "Tensor",
     sentence_ids: "Tensor | None" = None,
 ) -> "tuple[Tensor, Tensor]":
-    """A harder positive and a harder negative for each anchor.
-
-    Gradients flow through both parts of a mixture.
+    """A harder positive and a harder negative for each anchor, with gradients through both parts.
 
     Args:
         u: (N, D) float, the anchors.
