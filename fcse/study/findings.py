@@ -156,11 +156,9 @@ def contrasts(
 ) -> pd.DataFrame:
     """Losses against each other, paired over seeds, corrected for the number of comparisons.
 
-    Args:
-        table: from `read_study`, one row a loss, value of `by` and seed.
-        scores: columns; the comparisons of one of them at one value of `by` are a family.
-        compared: (baseline, loss) each, by name; else `pairs` of the table's.
-        by: what is held: the corpus, or a setting such as steps.
+    table: from `read_study`, one row a loss, value of `by` and seed. scores: columns; the
+    comparisons of one of them at one value of `by` are a family. compared: (baseline, loss) each,
+    by name; else `pairs` of the table's. by: what is held: the corpus, or a setting such as steps.
 
     Returns: One row a score, value of `by` and pair: "score", `by`, "baseline", "contestant",
     "seeds", "mean" (of the contestant), "difference" (to the baseline, points of 100 x Spearman),
