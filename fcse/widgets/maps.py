@@ -22,9 +22,7 @@ class MapExplorer:
     above the maps, which a keyboard reaches: a group, or a word that the sentence holds. Below the
     maps stands in words what they show.
 
-    Attributes:
-        group, word: the controls.
-        scatters: name of a map -> its `jscatter.Scatter`."""
+    group, word: the controls. scatters: name of a map -> its `jscatter.Scatter`."""
 
     def __init__(
         self,

@@ -135,7 +135,7 @@ class TrainingPanel:
             return
         self._stopping.clear()
         self.live = Progress(config, folder.path, [], [])
-        self._mark_running(True)
+        self.train_button.disabled, self.stop_button.disabled = True, False
         self._say("Starting: the encoder and the corpus are loaded.")
         self._thread = threading.Thread(target=self._watch, args=(config, folder), daemon=True)
         self._thread.start()
@@ -178,7 +178,7 @@ class TrainingPanel:
         except (InputError, OSError) as error:
             self._say(f"Training could not be started: {error}", wrong=True)
         finally:
-            self._mark_running(False)
+            self.train_button.disabled, self.stop_button.disabled = False, True
 
     def _look(self, config: TrainConfig, folder: RunFolder) -> None:
         """Show what the run has written since the last look."""
@@ -205,10 +205,6 @@ class TrainingPanel:
     def _draw(self) -> None:
         self.png, self.alt = draw_curves(self.finished, self.live)
         self._picture.value = plots.image(self.png, self.alt)
-
-    def _mark_running(self, running: bool) -> None:
-        self.train_button.disabled = running
-        self.stop_button.disabled = not running
 
     def _say(self, message: str, wrong: bool = False) -> None:
         self.message = message
