@@ -23,6 +23,7 @@ from fcse.objectives import OBJECTIVES, FocalInfoNCE, InfoNCE, Recorded, key, na
 Metric = Literal["last", "lee", "stsb_dev"]
 
 _PRECISIONS = ("precision", "score_precision")
+_LEAST = dict(batch_size=2, micro_batch_size=1, steps=1, max_length=3, seed=0, eval_steps=1)
 _CHOICES = {"pooling": Pooling, "metric": Metric} | dict.fromkeys(_PRECISIONS, Precision)
 
 PARAMETERS = {f.name: kind for kind in OBJECTIVES.values() for f in fields(kind)}
@@ -92,18 +93,9 @@ class TrainConfig:
         object.__setattr__(self, "methods", tuple(method for method in fitted if method.on))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
-                raise InputError(
-                    f"unknown {name} {getattr(self, name)!r}: "
-                    f"choose from {', '.join(get_args(choices))}"
-                )
-        for name, least in (
-            ("batch_size", 2),
-            ("micro_batch_size", 1),
-            ("steps", 1),
-            ("max_length", 3),
-            ("seed", 0),
-            ("eval_steps", 1),
-        ):
+                said = ", ".join(get_args(choices))
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose from {said}")
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} must be at least {least}, got {value}")
@@ -136,18 +128,22 @@ class TrainConfig:
         return found
 
     @property
+    def precisions(self) -> dict[str, Precision]:
+        """The precisions as this machine takes them, by their names."""
+        return {name: resolve_precision(getattr(self, name)) for name in _PRECISIONS}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the result: the settings, local files' bytes, versions.
 
         A precision is what "auto" means on this machine."""
-        taken = {name: resolve_precision(getattr(self, name)) for name in _PRECISIONS}
         patterns = ("*.safetensors", "*.bin", "*/model.safetensors")
         models = [self.encoder, *(file for method in self.methods for file in method.files())]
         folders = [Path(model) for model in models if is_folder(model)]
         found = [path for folder in folders for glob in patterns for path in folder.glob(glob)]
         files = (Path(self.corpus), *sorted(found))
         return {
-            "config": self.settings | taken,
+            "config": self.settings | self.precisions,
             "files": {str(path): sha256(path) for path in files if is_file(path)},
             "versions": versions(),
         }
@@ -157,8 +153,9 @@ class TrainConfig:
         """A folder name that is the same for equal identities only.
 
         Settings at their defaults have no part in it, so that one added later renames no run."""
-        identity = self.identity
-        objective, on = parse(_known(self))
+        identity, kits = self.identity, (*OBJECTIVES, *methods.names())
+        parts = [part for part in identity["config"]["objective"].split("+") if part in kits]
+        objective, on = parse("+".join(parts) or "info_nce")
         usual = {f.name: f.default for f in fields(self)}
         usual |= {k: v for part in (objective, *on.values()) for k, v in _of_part(part).items()}
         set_ = {k: v for k, v in identity["config"].items() if k not in usual or v != usual[k]}
@@ -183,12 +180,6 @@ def _of_part(part: Any) -> dict[str, Any]:
         own = json.loads(json.dumps(own, default=repr))  # as it comes back from a record
         own |= {"printed": objectives.name(part), "code": objectives.code(type(part))}
     return {f"{key(part)}.{k}": v for k, v in own.items()}
-
-
-def _known(config: TrainConfig) -> str:
-    """The parts of a config that are the kit's, as `objective` names them."""
-    parts = [key(part) for part in (config.objective, *config.methods)]
-    return "+".join(p for p in parts if p in OBJECTIVES or p in methods.names()) or "info_nce"
 
 
 def parse(text: str) -> tuple[Any, dict[str, methods.Method]]:
@@ -226,15 +217,14 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
         objective = named(chosen)
     own = {name: flat.pop(name) for name in PARAMETERS if name in flat}
     own = {name: typed(name, PARAMETERS[name], name, value) for name, value in own.items()}
+    said = ", ".join(own)
     if own and type(objective) not in OBJECTIVES.values():
         raise InputError(
-            f"{', '.join(own)} beside the objective {objectives.name(objective)}, which has its "
+            f"{said} beside the objective {objectives.name(objective)}, which has its "
             "own parameters: set them there"
         )
     if own and not isinstance(chosen, str) and "objective" in given:
-        raise InputError(
-            f"{', '.join(own)} beside an objective that is a value: set its parameters there"
-        )
+        raise InputError(f"{said} beside an objective that is a value: set its parameters there")
     has = {f.name for f in fields(objective)}
     objective = replace(objective, **{name: x for name, x in own.items() if name in has})
     rest: dict[str, Any] = {}
@@ -247,9 +237,8 @@ def configured(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
             objective = replace(objective, **{setting: value})
         else:
             kind = type(on[part]) if part in on else methods.method(part)
-            on[part] = replace(
-                on.get(part) or kind(), **{setting: typed(name, kind, setting, value)}
-            )
+            value = typed(name, kind, setting, value)
+            on[part] = replace(on.get(part) or kind(), **{setting: value})
     return replace(config, objective=objective, methods=tuple(on.values()), **rest)
 
 
@@ -280,9 +269,8 @@ def typed(said: str, kind: type, name: str, value: Any) -> Any:
         return value
     if value is None and type(None) in allowed:
         return None
-    expected = (
-        str if get_origin(hint) is Literal else next((k for k in _KINDS if k in allowed), None)
-    )
+    allowed += (str,) if get_origin(hint) is Literal else ()
+    expected = next((k for k in _KINDS if k in allowed), None)
     if expected is None:
         return value
     if expected is float and type(value) is int:

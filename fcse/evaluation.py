@@ -87,13 +87,9 @@ def judge_tasks(
     for (u, v), pairs in zip(embed_pairs(encoder, tasks, precision), tasks, strict=True):
         positive = pairs.gold > 0.8 * pairs.maximum
         distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
-        results.append(
-            {
-                "spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold),
-                "alignment": alignment(u[positive], v[positive]),
-                "uniformity": uniformity(np.concatenate([u, v])[distinct]),
-            }
-        )
+        found = {"spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold)}
+        found |= {"alignment": alignment(u[positive], v[positive])}
+        results.append(found | {"uniformity": uniformity(np.concatenate([u, v])[distinct])})
     return results
 
 
@@ -140,17 +136,14 @@ def _unit(x: Tensor | np.ndarray) -> Tensor:
 
 
 def score(
-    encoder: SentenceEncoder,
-    judged: dict[str, SentencePairs],
-    precision: Precision = "float32",
+    encoder: SentenceEncoder, judged: dict[str, SentencePairs], precision: Precision = "float32"
 ) -> dict[str, float]:
     """Spearman x 100 on each set of pairs under its name, `_alignment` and `_uniformity` beside."""
-    scores = {}
-    for name, pairs in judged.items():
-        result = judge(encoder, pairs, precision)
-        scores[name] = result.pop("spearman")
-        scores |= {f"{name}_{measure}": value for measure, value in result.items()}
-    return scores
+    return {
+        f"{name}_{measure}".removesuffix("_spearman"): value
+        for name, pairs in judged.items()
+        for measure, value in judge(encoder, pairs, precision).items()
+    }
 
 
 def judged_pairs(metric: str = "last") -> dict[str, SentencePairs]:

@@ -30,7 +30,6 @@ class Turn(Protocol):
 
     def __call__(self, sim: Tensor, positives: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Rows (n, M) of a matrix, from row `first` on -> (n, M) new ones, and d new / d old."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -164,8 +163,7 @@ def _rows(
             f"{type(objective).__name__}.logits gives {tuple(logits.shape)} for similarities of "
             f"{tuple(sim.shape)}: one logit for each is needed"
         )
-    if columns.sentence_ids is not None:
-        ids = columns.sentence_ids
+    if (ids := columns.sentence_ids) is not None:
         left_out = repeats(ids, len(sim), sim.shape[1] - own, first)
         if own:
             left_out = F.pad(left_out, (0, 1))
@@ -205,10 +203,8 @@ def _pulls(rows: _Rows, first: int, objective: Any) -> Tensor:
 def logits(sim: Tensor, objective: Any = FOCAL, columns: Columns = PLAIN) -> Tensor:
     """The logits that the softmax of a row sees: (N, M) float32 (float64 for float64 input).
 
-    Args:
-        sim: (N, M) float, cosine similarities, positives on the diagonal.
-        objective: a value or a name.
-        columns: what is known of the columns.
+    sim: (N, M) float, cosine similarities, positives on the diagonal. objective: a value or a name.
+    columns: what is known of the columns.
 
     ValueError: a tensor has another shape. InputError: no such objective, or logits of another
     shape."""
@@ -356,9 +352,8 @@ def chunked_loss(
         if any(x is not None and x.shape != u.shape for x in vectors):
             raise ValueError(f"own vectors must be {tuple(u.shape)}, one for each anchor")
         ids, own_ids = columns.sentence_ids, own.negative_ids
-        if own_ids is not None and (
-            own.negative is None or ids is None or own_ids.shape != (*ids.shape[:-1], len(u))
-        ):
+        alone = own.negative is None or ids is None
+        if own_ids is not None and (alone or own_ids.shape != (*ids.shape[:-1], len(u))):
             raise ValueError(
                 f"negative_ids must be ({len(u)},) or (G, {len(u)}), as sentence_ids are (M,) or "
                 "(G, M), and have both these and a negative beside them"
@@ -410,9 +405,8 @@ def require_sound(objective: Any) -> None:
             f"rows depend on each other in {name(objective)}: the weight of a row must come from "
             "its own log p alone, one number for each"
         )
-    if hasattr(objective, "slopes") and differ(
-        factors * objective.slopes(sim, positives), of_logits
-    ):
+    slopes = getattr(objective, "slopes", None)
+    if slopes and differ(factors * slopes(sim, positives), of_logits):
         raise InputError(
             f"the slopes of {name(objective)} are not those of its logits: mend or drop them"
         )

@@ -96,9 +96,8 @@ class FocalInfoNCE(InfoNCE):
         if not math.isfinite(self.m):
             raise InputError(f"m must be a finite number, got {self.m}")
         if self.modulate not in get_args(Modulate):
-            raise InputError(
-                f"unknown modulate {self.modulate!r}: choose from {', '.join(get_args(Modulate))}"
-            )
+            choices = ", ".join(get_args(Modulate))
+            raise InputError(f"unknown modulate {self.modulate!r}: choose from {choices}")
 
     def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
         """The logits, (N, M)."""
@@ -255,17 +254,14 @@ def name(value: Any) -> str:
     if isinstance(value, Recorded):
         return value.printed
     label = getattr(value, "label", None) or type(value).__name__
-    if type(value) not in OBJECTIVES.values() and label in map(_label, OBJECTIVES.values()):
+    kits = OBJECTIVES.values()
+    if type(value) not in kits and label in [getattr(x, "label", x.__name__) for x in kits]:
         label = f"own {label}"
     defaults = {f.name: f.default for f in fields(value)}
     spelled = getattr(value, "spelled", {})
     shown = {k: v for k, v in parameters(value).items() if v != defaults[k]}
     said = [spelled.get(k, f"{k}={v}") for k, v in shown.items()]
     return f"{label} ({', '.join(said)})" if said else label
-
-
-def _label(kind: type) -> str:
-    return getattr(kind, "label", kind.__name__)
 
 
 def rank(loss: str) -> int:

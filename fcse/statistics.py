@@ -155,9 +155,9 @@ def holm(p: Sequence[float]) -> list[float]:
 def seeds_needed(difference: float, sd: float, power: float = 0.8, confidence: float = 0.95) -> int:
     """Seeds for which a paired t test would see a true difference with probability `power`.
 
-    Exact, by the noncentral t distribution (Cohen 1988, chapter 2); `sd` is the standard deviation
-    over seeds of the paired difference, in the same points. An `InputError` where
-    that is not above 0, the difference is 0, or 10,000 seeds are too few."""
+    Exact, by the noncentral t distribution (Cohen 1988, chapter 2); `sd` is that over seeds of the
+    paired difference, in the same points. InputError: an sd that is not above 0, a difference
+    of 0, or 10,000 seeds are too few."""
     effect = abs(difference) / sd if sd > 0 else 0
     for n in range(2, 10_001) if effect else ():
         if _power(effect, n, confidence) >= power:

@@ -76,24 +76,24 @@ def test_mixed_pairs_are_harder():
     sim = similarity_matrix(u, v)
     assert ((anchors * negative).sum(1) > sim.diagonal(1)[:5]).all()
     hardest = sim.masked_fill(torch.eye(5, 8, dtype=torch.bool), -2).amax(dim=1)
-    wholly, _ = mixed_pairs(u, v, 0.0)
+    wholly, _ = mixed_pairs(u, v, torch.zeros(5), shares, DRAWN)
     torch.testing.assert_close((anchors * wholly).sum(1), hardest)
 
 
 def test_a_row_without_a_true_negative_keeps_its_positive():
-    u, v, positive_weight, _ = batch()
-    positive, negative = mixed_pairs(u, v, positive_weight, sentence_ids=ONE_SENTENCE)
+    u, v, *weights = batch()
+    positive, _ = mixed_pairs(u, v, *weights, DRAWN, ONE_SENTENCE)
     torch.testing.assert_close(positive, torch.nn.functional.normalize(v[:5], dim=1))
-    assert negative is None
-    alone, _ = mixed_pairs(u[:1], v[:1], 0.3)
+    alone, _ = mixed_pairs(u[:1], v[:1], *torch.full((2, 1), 0.3), torch.tensor([0]))
     torch.testing.assert_close(alone, torch.nn.functional.normalize(v[:1], dim=1))
 
 
 def test_a_low_negative_weight_is_raised():
-    u, v, _, _ = batch()
-    low, least = (mixed_pairs(u, v, 1.0, x, DRAWN)[1] for x in (0.1, MIN_NEGATIVE_WEIGHT))
+    u, v, positive_weight, _ = batch()
+    shares = torch.tensor([[0.1], [MIN_NEGATIVE_WEIGHT], [0.9]]).expand(3, 5)
+    low, least, more = (mixed_pairs(u, v, positive_weight, x, DRAWN)[1] for x in shares)
     assert torch.equal(low, least)
-    assert not torch.equal(least, mixed_pairs(u, v, 1.0, 0.9, DRAWN)[1])
+    assert not torch.equal(least, more)
 
 
 KINDS = [
@@ -108,7 +108,7 @@ def core_tuning(u, v, weights, drawn, objective, ids=None, margin=0.0, teacher=N
     """The mean of the usual loss and of that with harder positives, a harder negative in both."""
     ids = torch.arange(len(v)) if ids is None else ids
     positive, negative = mixed_pairs(u, v, *weights, drawn, ids)
-    numbers = None if negative is None else ids[..., drawn]
+    numbers = ids[..., drawn]
     turns = ()
     if margin:
         # A harder negative has the teacher's similarity of the sentence that was drawn.
@@ -161,10 +161,10 @@ def test_core_tuning_equals_the_formula(objective, ids, margin):
 
 @pytest.mark.parametrize("objective", [*KINDS, *map(FocalWeight, KINDS)], ids=name)
 @pytest.mark.parametrize("ids", [None, IDS], ids=str)
-@pytest.mark.parametrize("weight", [1.0, torch.ones(5)], ids=str)
-def test_without_mixing_it_is_the_loss(objective, ids, weight):
-    u, v, _, _ = batch()
-    mixed = core_tuning(u, v, (weight, None), None, objective, ids)
+def test_a_positive_weight_of_one_mixes_nothing_in(objective, ids):
+    u, v, _, negative_weight = batch()
+    positive, _ = mixed_pairs(u, v, torch.ones(5), negative_weight, DRAWN, ids)
+    mixed = chunked_loss(u, v, objective, Columns(ids), Own(positive=positive))
     plain = loss(similarity_matrix(u, v), objective, Columns(ids))
     torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
@@ -218,24 +218,24 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize(
     ("argument", "match"),
     [
-        ({"positive_weight": torch.ones(4)}, "mixing weight"),
-        ({"positive_weight": torch.ones(5, 1)}, "mixing weight"),
-        ({"negative_weight": torch.ones(8), "negative_columns": DRAWN}, "mixing weight"),
-        ({"negative_weight": 0.9}, "needs negative_columns"),
-        ({"negative_weight": 0.9, "negative_columns": DRAWN[:4]}, "needs negative_columns"),
+        ({"positive_weight": torch.ones(4)}, "weights and columns"),
+        ({"positive_weight": torch.ones(5, 1)}, "weights and columns"),
+        ({"negative_weight": torch.ones(8)}, "weights and columns"),
+        ({"negative_columns": DRAWN[:4]}, "weights and columns"),
         ({"sentence_ids": torch.zeros(5, dtype=torch.int64)}, "sentence_ids must be"),
         ({"sentence_ids": torch.zeros(1, 2, 8, dtype=torch.int64)}, "sentence_ids must be"),
         ({"sentence_ids": torch.tensor(0)}, "sentence_ids must be"),
     ],
 )
 def test_bad_arguments_are_refused(argument, match):
-    u, v, _, _ = batch()
+    u, v, *weights = batch()
+    known = {"positive_weight": weights[0], "negative_weight": weights[1]}
     with pytest.raises(ValueError, match=match):
-        mixed_pairs(u, v, **argument)
+        mixed_pairs(u, v, **{**known, "negative_columns": DRAWN, **argument})
     with pytest.raises(ValueError, match="v must have a row"):
-        mixed_pairs(v, u)
+        mixed_pairs(v, u, *weights, DRAWN)
     with pytest.raises(ValueError, match="u and v must be"):
-        mixed_pairs(u, v[:, :3])
+        mixed_pairs(u, v[:, :3], *weights, DRAWN)
 
 
 def test_draws_depend_on_seed_and_step_and_never_take_a_rows_own():

@@ -90,9 +90,7 @@ def _one_line(box: str) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """The command with its arguments, not yet run.
-
-    InputError: what the parser says, in one line."""
+    """The command and its arguments, not yet run; InputError: what the parser says, in one line."""
 
     def bound(run: Callable[..., None]) -> Callable[..., Callable[[], None]]:
         return functools.wraps(run)(lambda *args, **kwargs: functools.partial(run, *args, **kwargs))
@@ -144,9 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except (KeyboardInterrupt, _Terminated) as stop:
-        terminated = isinstance(stop, _Terminated)
-        how = "terminated" if terminated else "interrupted"
+        how, code = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
         print(f"fcse: {how}: training goes on when the same command is given", file=sys.stderr)
-        sys.exit(143 if terminated else 130)
+        sys.exit(code)
     finally:
         signal.signal(signal.SIGTERM, before)

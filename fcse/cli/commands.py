@@ -82,10 +82,8 @@ def run_evaluate(
     print(f"{model}, {said}: 100 x Spearman")
     for name, score in scores.items():
         print(f"{name:22}{score:8.2f}")
-    if json_ is not None:
-        _write_json(
-            json_, {"model": model} | about | {"fcse": __version__} | scores | {"subsets": subsets}
-        )
+    about |= {"fcse": __version__}
+    _write_json(json_, {"model": model} | about | scores | {"subsets": subsets})
 
 
 def run_compare(
@@ -125,9 +123,8 @@ def run_compare(
     print(f"{b} minus {a}: 100 x Spearman, paired bootstrap of {resamples} draws over pairs")
     for name, result in rows.items():
         print(f"{name:18}{result}")
-    if json_ is not None:
-        about = {"a": a, "b": b, "poolings": [e.pooling for e in encoders], "fcse": __version__}
-        _write_json(json_, about | {name: asdict(result) for name, result in rows.items()})
+    about = {"a": a, "b": b, "poolings": [e.pooling for e in encoders], "fcse": __version__}
+    _write_json(json_, about | {name: asdict(result) for name, result in rows.items()})
 
 
 def run_report(
@@ -229,10 +226,10 @@ def _check_json(path: Path | None) -> None:
         raise InputError(f"--json {path} cannot be written: name a file in a folder that exists")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     from fcse import processes
 
-    if processes.world().is_main_process:
+    if path is not None and processes.world().is_main_process:
         with writing(path):
             path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -328,8 +325,7 @@ def _run_grid(grid: "Grid", where: "Local", keep_models: bool, dry_run: bool) ->
 
 
 def run_findings(
-    folder: Annotated[Path, tyro.conf.Positional] = Path("figures/study"),
-    runs: Path | None = None,
+    folder: Annotated[Path, tyro.conf.Positional] = Path("figures/study"), runs: Path | None = None
 ) -> None:
     """What the study found: settings chosen, contrasts over seeds; its figures, drawn again.
 
@@ -353,9 +349,7 @@ def run_findings(
 
 
 def run_repeat(
-    table: tyro.conf.Positional[Path],
-    run: tyro.conf.Positional[str],
-    corpus: Path | None = None,
+    table: tyro.conf.Positional[Path], run: tyro.conf.Positional[str], corpus: Path | None = None
 ) -> None:
     """Train and score one row of a study's table again, and say whether it came out the same.
 

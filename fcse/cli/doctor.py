@@ -32,15 +32,16 @@ def examine() -> Iterator[Finding]:
     """Look at everything a first run needs, in the order in which it is needed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    yield Finding(
-        "fcse", f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    python = platform.python_version()
+    yield Finding("fcse", f"{__version__}, Python {python}, torch {torch.__version__}")
     yield Finding("device", f"{device.type} {name}, {os.cpu_count()} cores".replace(" ,", ","))
     yield Finding("threads", f"torch computes with {torch.get_num_threads()}")
     units = bf16_units(device) or "none"
     taken = resolve_precision("auto", device)
     yield Finding("precision", f"auto means {taken} here (units for bf16: {units})")
-    yield _memory()
+    free = psutil.virtual_memory().available / 2**30
+    short = f", {_MEMORY_GIB} are needed: close other programs" if free < _MEMORY_GIB else ""
+    yield Finding("memory", f"{free:.1f} GiB free{short}", healthy=not short)
     yield _folder("runs", data.runs_folder(), "FCSE_RUNS")
     yield _folder("cache", data.cache_folder(), "XDG_CACHE_HOME")
     for asset in (data.MINILM, data.WIKI_MINI, data.LEE_DOCUMENTS, data.LEE_JUDGEMENTS):
@@ -56,14 +57,6 @@ def examine() -> Iterator[Finding]:
         yield Finding("STS data", str(error), healthy=False)
     reachable = data.hub_reachable()
     yield Finding("hub", "reachable" if reachable else "out of reach (not needed)")
-
-
-def _memory() -> Finding:
-    free = psutil.virtual_memory().available / 2**30
-    said = f"{free:.1f} GiB free"
-    if free < _MEMORY_GIB:
-        return Finding("memory", f"{said}, {_MEMORY_GIB} are needed: close other programs", False)
-    return Finding("memory", said)
 
 
 def _folder(what: str, folder: Path, variable: str) -> Finding:

@@ -81,10 +81,8 @@ def senteval_folder(folder: str | Path | None = None) -> Path | None:
 def load_sts(task: str, split: str = "test", folder: str | Path | None = None) -> SentencePairs:
     """One STS task as SentEval reads it: no pair without a gold score, words joined by spaces.
 
-    Args:
-        task: one of `STS_TASKS`.
-        split: STSBenchmark and SICKRelatedness also have "train" and "dev".
-        folder: a SentEval data folder; else `FCSE_SENTEVAL`; else `senteval.tar` from the hub.
+    task: one of `STS_TASKS`. split: STSBenchmark and SICKRelatedness also have "train" and "dev".
+    folder: a SentEval data folder; else `FCSE_SENTEVAL`; else `senteval.tar` from the hub.
 
     InputError: unknown task or split, or a file that is missing or malformed."""
     if task not in STS_TASKS:

@@ -187,10 +187,9 @@ def _load_dataset(name: str, column: str) -> "Dataset":
             f"dataset {name!r} could not be loaded ({first_line(error)}): give a hub name or a "
             "folder written by save_to_disk, with a train split"
         ) from None
-    if column not in dataset.column_names:
-        raise InputError(
-            f"dataset {name!r} has no column {column!r}: it has {', '.join(dataset.column_names)}"
-        )
+    columns = dataset.column_names
+    if column not in columns:
+        raise InputError(f"dataset {name!r} has no column {column!r}: it has {', '.join(columns)}")
     return dataset.select_columns(column)
 
 

@@ -104,12 +104,9 @@ def mask(
     ones 80 % become the mask, 10 % any token of the vocabulary, 10 % stay. Drawn from torch's
     global generator on the CPU.
 
-    Args:
-        token_ids: (n, L) int64, padded.
-        share: in (0, 1], else a `ValueError`.
-        special_ids: never chosen; the padding's id is among them.
-        mask_id: stands in for a masked token.
-        tokens: size of the vocabulary.
+    token_ids: (n, L) int64, padded. share: in (0, 1], else a `ValueError`. special_ids: never
+    chosen; the padding's id is among them. mask_id: stands in for a masked token. tokens: size of
+    the vocabulary.
 
     Returns: The masked ids, (n, L) int64, and which of them were chosen, (n, L) bool."""
     if not 0 < share <= 1:
@@ -217,11 +214,9 @@ class Detection(nn.Module):
         are 0. The embedding of the original sentence, (n, D) float, takes the place of what comes
         out of the embedding layer at the first token, behind its normalisation and dropout;
         `token_ids` are as `edit` gives them. Embeddings of another shape are a `ValueError`."""
-        expected = (len(token_ids), self.head.in_features)
-        if sentence_embedding.shape != expected:
-            raise ValueError(
-                f"sentence_embedding must be {expected}, got {tuple(sentence_embedding.shape)}"
-            )
+        expected, given = (len(token_ids), self.head.in_features), tuple(sentence_embedding.shape)
+        if given != expected:
+            raise ValueError(f"sentence_embedding must be {expected}, got {given}")
         device, longest = self.head.weight.device, max(map(len, token_ids))
         words = self.discriminator.get_input_embeddings()
         if self.all_positions:

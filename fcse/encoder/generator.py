@@ -121,9 +121,8 @@ def _masked(
     tokenizer, device = encoder.tokenizer, encoder.device
     lines = [torch.tensor(ids) for ids in corpus.batch(rows)[1]]
     ids = pad_sequence(lines, batch_first=True, padding_value=tokenizer.pad_token_id)
-    masked, chosen = mask(
-        ids, MASK_SHARE, tokenizer.all_special_ids, tokenizer.mask_token_id, len(tokenizer)
-    )
+    special, mask_id = tokenizer.all_special_ids, tokenizer.mask_token_id
+    masked, chosen = mask(ids, MASK_SHARE, special, mask_id, len(tokenizer))
     return ids.to(device), chosen.to(device), masked.to(device)
 
 

@@ -95,9 +95,6 @@ class Packing:
         heads, wide = self._shape[1], grid.shape[-1]
         return _Line.apply(grid.reshape(-1, wide), self).view(1, self.length, heads, wide)
 
-    def _to_grid(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self._token_of_place)
-
     def _to_line(self, places: Tensor) -> Tensor:
         rows = places.new_empty(self.length * self._shape[1], places.shape[1])
         filled = len(self._place_of_token)
@@ -110,7 +107,7 @@ class _Grid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, packing: Packing) -> Tensor:
         ctx.packing = packing
-        return packing._to_grid(rows)
+        return rows.index_select(0, packing._token_of_place)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:

@@ -83,8 +83,11 @@ class SentenceEncoder(nn.Module):
         local = folder or not hub_reachable()
         with loading(f"encoder {name}", "minilm, a model folder"):
             subfolder, declared = read_layout(path, local)
-            if folder:
-                _check_model_folder(Path(path) / subfolder)
+            within = Path(path) / subfolder
+            if folder and not is_file(within / "config.json"):
+                raise InputError(f"{within} is no model folder: it has no config.json")
+            if folder and not any(is_file(within / name) for name in _WEIGHT_FILES):
+                raise InputError(f"{within} has no weights: expected {_WEIGHT_FILES[0]}")
             where = {"local_files_only": local, "subfolder": subfolder, "trust_remote_code": False}
             backbone = AutoModel.from_pretrained(path, dtype=torch.float32, **where)
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
@@ -177,11 +180,9 @@ class SentenceEncoder(nn.Module):
 
         In training mode the views differ by their dropout masks (Gao et al. 2021, section 3).
 
-        Args:
-            token_ids: N sentences, from `tokenize`.
-            second: N sentences, where the second view is to be of other tokens.
-            layers: how many layers below the last come along, see `pool`.
-            further: each N sentences more, of which one view comes along.
+        token_ids: N sentences, from `tokenize`. second: N sentences, where the second view is to be
+        of other tokens. layers: how many layers below the last come along, see `pool`. further:
+        each N sentences more, of which one view comes along.
 
         Returns: u, v, (N, D) float, after the head; with layers a third, (N, 2 * layers, D): both
         views' vectors of those layers, after the same head; then (N, D) for each of `further`."""
@@ -227,13 +228,9 @@ class SentenceEncoder(nn.Module):
         Batches are formed by length, so that little is padded; rows come back in input order, with
         `normalize` at unit length. What is longer than the backbone's own limit is cut.
 
-        Args:
-            sentences: n texts.
-            batch_size: how many sentences make a batch; on a CPU more of short ones and fewer of
-                long ones, 32 tokens each.
-            normalize: to unit length.
-            precision: float32, bf16, or auto. In bf16 an embedding of the packaged encoder has a
-                cosine above 1 - 5e-5 with that in float32.
+        batch_size: how many sentences make a batch; on a CPU more of short ones and fewer of long
+        ones, 32 tokens each. precision: float32, bf16, or auto. In bf16 an embedding of the
+        packaged encoder has a cosine above 1 - 5e-5 with that in float32.
 
         InputError: `sentences` is a single string or holds something else than strings, or
         `batch_size` is below 1."""
@@ -331,10 +328,8 @@ class BatchNormHead(nn.Sequential):
 
     def __init__(self, backbone: PreTrainedModel, seed: int) -> None:
         width = backbone.config.hidden_size
-        first, last = (
-            nn.Linear(width, 2 * width, bias=False),
-            nn.Linear(2 * width, width, bias=False),
-        )
+        first = nn.Linear(width, 2 * width, bias=False)
+        last = nn.Linear(2 * width, width, bias=False)
         generator = torch.Generator().manual_seed(seed)
         for layer in (first, last):
             std = getattr(backbone.config, "initializer_range", 0.02)
@@ -376,13 +371,6 @@ def _positions(backbone: PreTrainedModel) -> int:
     padding = getattr(table, "padding_idx", None)
     limit = backbone.config.max_position_embeddings
     return limit if padding is None else limit - padding - 1
-
-
-def _check_model_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no model folder: it has no config.json")
-    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
-        raise InputError(f"{folder} has no weights: expected {_WEIGHT_FILES[0]}")
 
 
 def weights_hash(module: nn.Module) -> str:

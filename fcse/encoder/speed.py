@@ -86,9 +86,8 @@ def first_token_only(backbone: PreTrainedModel, packing: Packing | None = None) 
     def first(x: Tensor) -> Tensor:
         return x[:, :1] if packing is None else x[0, packing.first].unsqueeze(1)
 
-    hook = backbone.encoder.layer[-1].attention.output.register_forward_pre_hook(
-        lambda _, arguments: tuple(map(first, arguments))
-    )
+    output = backbone.encoder.layer[-1].attention.output
+    hook = output.register_forward_pre_hook(lambda _, arguments: tuple(map(first, arguments)))
     try:
         yield
     finally:

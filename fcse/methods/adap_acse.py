@@ -154,11 +154,10 @@ def turn(margin: float, teacher: "Callable[[int, int], Tensor] | Tensor | None" 
     def turned(sim: "Tensor", positives: "Tensor", first: int) -> "tuple[Tensor, Tensor]":
         import torch
 
-        theirs = teacher(first, len(sim)) if callable(teacher) else teacher
-        if teacher is None:
-            theirs = torch.zeros_like(sim)
-        elif not callable(teacher):
-            theirs = theirs[first : first + len(sim)]
+        if callable(teacher):
+            theirs = teacher(first, len(sim))
+        else:
+            theirs = torch.zeros_like(sim) if teacher is None else teacher[first : first + len(sim)]
         if theirs.shape != sim.shape:
             raise ValueError(
                 "teacher must hold a similarity for each of sim's, "

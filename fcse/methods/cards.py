@@ -121,9 +121,8 @@ class _Retrieval(Moments):
         second = further = None
         if share := settings.value("case_switch"):
             encoder = self.start.encoder
-            cut = encoder.tokenizer.batch_decode(
-                batch.sentences.token_ids[: batch.size], skip_special_tokens=True
-            )
+            token_ids = batch.sentences.token_ids[: batch.size]
+            cut = encoder.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
             texts = switched(cut, share, settings.value("variant"), seed, batch.step)
             second = encoder.tokenize(texts)
         if self.nearest is not None:
@@ -157,10 +156,7 @@ def drawn(neighbours: np.ndarray, rows: np.ndarray, seed: int, step: int) -> np.
     From seed and step alone, so that a resumed run draws what it would have drawn, and processes
     that share a batch draw for all of it and then take their part.
 
-    Args:
-        neighbours: (n, k) integers, from `nearest`.
-        rows: (B,) integers below n.
-        seed, step: >= 0."""
+    neighbours: (n, k) integers, from `nearest`. rows: (B,) integers below n. seed, step: >= 0."""
     # The 1 keeps this stream apart from that of `switched`.
     columns = np.random.default_rng((1, seed, step)).integers(neighbours.shape[1], size=len(rows))
     return neighbours[rows, columns]
@@ -249,21 +245,17 @@ def switched(
 def switch_case(sentence: str, share: float, variant: int, generator: np.random.Generator) -> str:
     """The sentence with the first letter of random words in the other case.
 
-    Args:
-        sentence: its words are what spaces part; one space stays between them.
-        share: 0 to 1, else InputError.
-        variant: 1 takes that share of the words, rounded down, and at least one; 2 takes each
-            with that probability. A word that does not begin with a letter stays as it is."""
+    sentence: its words are what spaces part; one space stays between them. share: 0 to 1, else
+    InputError. variant: 1 takes that share of the words, rounded down, and at least one; 2 takes
+    each with that probability. A word that does not begin with a letter stays as it is."""
     require_share("the share of words whose case is switched", share)
     words = sentence.split(" ")
     if variant == 1:
         count = max(1, int(share * len(words)))
-        taken = {*generator.choice(len(words), count, replace=False).tolist()}
+        taken = generator.choice(len(words), count, replace=False)
     else:
-        taken = {*np.flatnonzero(generator.random(len(words)) < share).tolist()}
-    return " ".join(_switched(w) if i in taken else w for i, w in enumerate(words))
-
-
-def _switched(word: str) -> str:
-    other = word[:1].swapcase()
-    return other + word[1:] if len(other) == 1 else word
+        taken = np.flatnonzero(generator.random(len(words)) < share)
+    for i in taken:
+        other = words[i][:1].swapcase()
+        words[i] = other + words[i][1:] if len(other) == 1 else words[i]
+    return " ".join(words)

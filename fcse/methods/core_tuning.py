@@ -111,11 +111,9 @@ class _Harder(Moments):
         if self.settings.way == "code":
             size = 2 * compared.batch.size
             return value(among_mixtures(compared, *draws(self.seed, compared.batch.step, size)))
-        lam, other, columns = draws(self.seed, compared.batch.step, len(compared.u))
-        positive, negative = mixed_pairs(
-            compared.u, compared.v, lam, other, columns, compared.numbers()
-        )
-        own_of = compared.of[columns.to(compared.of.device)]
+        drawn = draws(self.seed, compared.batch.step, len(compared.u))
+        positive, negative = mixed_pairs(compared.u, compared.v, *drawn, compared.numbers())
+        own_of = compared.of[drawn[2].to(compared.of.device)]
         usual = replace(compared, own=Own(negative), own_of=own_of)
         harder = replace(compared, own=Own(negative, positive=positive), own_of=own_of)
         return (value(usual) + value(harder)) / 2
@@ -133,9 +131,8 @@ class FocalWeight:
 
     def __init__(self, objective: Any, **changes: Any) -> None:
         """`changes`, as `replace` hands them on, are those of the other objective."""
-        object.__setattr__(
-            self, "objective", replace(objective, **changes) if changes else objective
-        )
+        objective = replace(objective, **changes) if changes else objective
+        object.__setattr__(self, "objective", objective)
 
     def logits(self, sim: "Tensor", positives: "Tensor") -> "Tensor":
         """Those of the other objective, (N, M)."""
@@ -168,28 +165,24 @@ def draws(seed: int, step: int, size: int) -> "tuple[Tensor, Tensor, Tensor]":
 def mixed_pairs(
     u: "Tensor",
     v: "Tensor",
-    positive_weight: "Tensor | float" = 1.0,
-    negative_weight: "Tensor | float | None" = None,
-    negative_columns: "Tensor | None" = None,
+    positive_weight: "Tensor",
+    negative_weight: "Tensor",
+    negative_columns: "Tensor",
     sentence_ids: "Tensor | None" = None,
-) -> "tuple[Tensor, Tensor | None]":
-    """A harder positive and a harder negative for each anchor.
-
-    Gradients flow through both parts of a mixture.
+) -> "tuple[Tensor, Tensor]":
+    """A harder positive and a harder negative for each anchor, with gradients through both parts.
 
     Args:
         u: (N, D) float, the anchors.
         v: (M, D) float, M >= N, as in `losses.chunked_loss`.
-        positive_weight: (N,) or one number, in [0, 1]: the share lam of v_i; 1 mixes nothing in.
-        negative_weight: (N,) or one number, in [0, 1]: the share lam' of v_k; below
-            `MIN_NEGATIVE_WEIGHT` it is raised to it. None: no harder negative.
+        positive_weight, negative_weight: (N,) float in [0, 1], the shares lam of v_i and lam' of
+            v_k; below `MIN_NEGATIVE_WEIGHT` lam' is raised to it.
         negative_columns: (N,) int64, the column k of each anchor.
         sentence_ids: (M,) or (G, M) int64, as in `losses.Columns`: a false negative is never the
             hardest. An anchor without any true negative keeps v_i.
 
-    Returns: Unit vectors, (N, D) float32 (float64 for float64 inputs): the positives, and the
-    negatives or None. ValueError: a tensor has another shape, or a negative weight has no columns.
-    """
+    Returns: Unit vectors, (N, D) float32 (float64 for float64 inputs): the positives and the
+    negatives. ValueError: a tensor has another shape."""
     import torch
 
     from fcse.losses import repeats, similarity_matrix, unit_rows
@@ -199,17 +192,16 @@ def mixed_pairs(
         if not 0 < len(u) <= len(v):
             raise ValueError(f"v must have a row for each of u's, got {len(v)} for {len(u)}")
         u, v = unit_rows(u), unit_rows(v)
+    if any(x.shape != u.shape[:1] for x in (positive_weight, negative_weight, negative_columns)):
+        raise ValueError(f"weights and columns must be ({len(u)},), one for each anchor")
     if sentence_ids is not None:
         sim = sim.masked_fill(repeats(sentence_ids, *sim.shape), -torch.inf)
     # No cosine is as low as -2: the positive is taken where no true negative is left.
     sim.diagonal().fill_(-2)
-    positive = _mix(v[: len(u)], v[sim.argmax(dim=1)], positive_weight)
-    if negative_weight is None:
-        return positive, None
-    if negative_columns is None or negative_columns.shape != (len(u),):
-        raise ValueError(f"a negative weight needs negative_columns, ({len(u)},) int64")
-    share = torch.as_tensor(negative_weight).clamp_min(MIN_NEGATIVE_WEIGHT)
-    return positive, _mix(v[negative_columns.to(v.device)], u, share)
+    lam = positive_weight.to(u)[:, None]
+    positive = unit_rows(lam * v[: len(u)] + (1 - lam) * v[sim.argmax(dim=1)])
+    lam = negative_weight.clamp_min(MIN_NEGATIVE_WEIGHT).to(u)[:, None]
+    return positive, unit_rows(lam * v[negative_columns.to(v.device)] + (1 - lam) * u)
 
 
 def among_mixtures(
@@ -228,9 +220,8 @@ def among_mixtures(
     from fcse.losses import similarity_matrix
 
     n = len(compared.u)
-    v, ids = compared.v[:n], compared.ids[:n]
-    vectors = torch.cat([compared.u, v])
-    both, device = torch.cat([ids, ids]), vectors.device
+    vectors = torch.cat([compared.u, compared.v[:n]])
+    both, device = compared.ids[:n].repeat(2), vectors.device
     other_view = torch.arange(2 * n, device=device).roll(n)
     partners = partners.to(device)
     partners = torch.where(partners == other_view, (partners + 1) % (2 * n), partners)
@@ -241,25 +232,12 @@ def among_mixtures(
     harder_negative = lam * vectors[partners] + (1 - lam) * vectors
     lam = positive_weight.to(vectors)[:, None]
     harder_positive = lam * vectors[other_view] + (1 - lam) * vectors[hardest]
-    of = torch.cat([compared.of[:n], compared.of[:n]])
     anchors = replace(
         compared,
         u=vectors.detach(),
-        v=torch.cat([v, compared.u]).detach(),
-        of=of,
+        v=vectors.detach().roll(n, 0),
+        of=compared.of[:n].repeat(2),
         ids=both,
         always=compared.always[:n].repeat(2),
     )
     return anchors.more(torch.cat([harder_negative, harder_positive]))
-
-
-def _mix(a: "Tensor", b: "Tensor", weight: "Tensor | float") -> "Tensor":
-    import torch
-
-    from fcse.losses import unit_rows
-
-    weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
-    if weight.shape not in ((), (len(a),)):
-        raise ValueError(f"a mixing weight must be ({len(a)},), got {tuple(weight.shape)}")
-    weight = weight.reshape(-1, 1)
-    return unit_rows(weight * a + (1 - weight) * b)

@@ -149,11 +149,8 @@ def pseudo_labels(
     arguments give the same labels on the same machine. Memory: the embeddings once more in
     float32, and some 50 bytes a sentence.
 
-    Args:
-        embeddings: (n, D) float32 or float16, on the CPU.
-        clusters: 2 to n.
-        share: 0 to 1, of the labels to keep; nothing is clustered where it keeps none.
-        seed: of the clustering, 0 to 2**32 - 1.
+    embeddings: (n, D) float32 or float16, on the CPU. clusters: 2 to n. share: 0 to 1, of the
+    labels to keep; nothing is clustered where it keeps none. seed: 0 to 2**32 - 1.
 
     Returns: (n,) int64, 0 to clusters - 1, or -1 for no cluster. floor(share * n) labels are kept.
     InputError: clusters or share is out of its range, or an embedding is not finite. ValueError:
@@ -175,9 +172,8 @@ def pseudo_labels(
         return labels
     x = finite_unit_rows(torch.as_tensor(embeddings)).numpy()
     # Stopping by the inertia instead would depend on the order in which threads add it up.
-    k_means = MiniBatchKMeans(
-        clusters, random_state=seed, tol=_TOLERANCE, max_no_improvement=None
-    ).fit(x)
+    stops = {"tol": _TOLERANCE, "max_no_improvement": None}
+    k_means = MiniBatchKMeans(clusters, random_state=seed, **stops).fit(x)
     confidence = _confidence(x, k_means.cluster_centers_, k_means.labels_)
     kept = np.argsort(-confidence, kind="stable")[:count]
     labels[kept] = k_means.labels_[kept]

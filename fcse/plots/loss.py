@@ -36,9 +36,8 @@ def pull_curves(table: pd.DataFrame, rest: float = -0.15) -> Picture:
             axis.plot(rows["similarity"], rows[column], **line(name))
         _label(axis, column)
     axes[1].axvline(rest, color="black", linewidth=1, linestyle=":")
-    axes[1].annotate(
-        f"resting point\n−m/2 = {rest:.2f}", (rest, 0), (6, -32), textcoords="offset points"
-    )
+    said = f"resting point\n−m/2 = {rest:.2f}"
+    axes[1].annotate(said, (rest, 0), (6, -32), textcoords="offset points")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
     slopes = "; ".join(

@@ -1,10 +1,11 @@
 """Scores: of encoders, over seeds, over settings, along training, beside what was published."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from fcse.plots.style import STYLE, STYLES, Picture, by, ends, line, new_axes, point, style
@@ -48,8 +49,7 @@ def over_seeds(scores: pd.DataFrame, summary: pd.DataFrame) -> Picture:
             span = f"{y.min():.1f} to {y.max():.1f} over {len(y)} seeds"
             figure.alt += f" {task}, {name}: {span}, mean {y.mean():.1f}."
         for row in summary[summary["task"] == task].itertuples():
-            bar = [[row.mean - row.low], [row.high - row.mean]]
-            bar = None if np.isnan(bar).any() else bar
+            bar = None if np.isnan(row.low) else [[row.mean - row.low], [row.high - row.mean]]
             x = names.index(row.name) + 0.2
             axis.errorbar(x, row.mean, bar, markersize=9, capsize=4, **point(row.name))
         axis.set_xticks(range(len(names)), names)
@@ -178,13 +178,11 @@ def surface(table: pd.DataFrame, title: str) -> Picture:
         right.annotate(f"m = {m:g}", end, (4, 0), size=8, textcoords="offset points", va="center")
     right.plot(plain["temperature"], plain["score"], marker="o", **line("InfoNCE"))
     right.plot([], [], color=style("Focal-InfoNCE").colour, label="Focal-InfoNCE")
-    right.set_xscale("log")
     ticks: list[float] = []
     for temperature in sorted({*plain["temperature"], *grid.columns}):
         if not ticks or temperature > 1.9 * ticks[-1]:  # room for a label
             ticks.append(temperature)
-    right.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    right.minorticks_off()
+    _log_axis(right, ticks)
     right.set(xlabel="temperature τ (log scale)", ylabel="Spearman × 100")
     right.legend()
     figure.suptitle(title, size=10)
@@ -196,6 +194,13 @@ def surface(table: pd.DataFrame, title: str) -> Picture:
         f"{top['temperature']:g}."
     )
     return figure
+
+
+def _log_axis(axis: Axes, values: Iterable[float]) -> None:
+    ticks = sorted(set(values))
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.minorticks_off()
 
 
 @plt.rc_context(STYLE)
@@ -212,10 +217,7 @@ def by_setting(table: pd.DataFrame, setting: str, xlabel: str, title: str) -> Pi
         axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.12, lw=0)
         said = ", ".join(f"{score:.1f} at {at:g}" for at, score in zip(x, y, strict=True))
         figure.alt += f" {name}: {said}."
-    axes.set_xscale("log")
-    ticks = sorted(table[setting].unique())
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.minorticks_off()
+    _log_axis(axes, table[setting])
     axes.set(xlabel=xlabel, ylabel="Spearman × 100", title=title)
     axes.title.set_size(10)
     figure.legend(loc="outside right center")
@@ -228,11 +230,9 @@ def differences(
 ) -> Picture:
     """Paired differences over seeds against a setting, with intervals: a line a pair and score.
 
-    Args:
-        table: as of `findings.contrasts` by that setting.
-        setting: on a logarithmic axis. xlabel: what to call it, with its unit.
-        title: what was run.
-        best: columns `setting`, "contestant", "temperature": drawn beside."""
+    table: as of `findings.contrasts` by that setting. setting: on a logarithmic axis. xlabel: what
+    to call it, with its unit. title: what was run. best: columns `setting`, "contestant",
+    "temperature": drawn beside."""
     scores = by(table, "score")
     figure, axes = new_axes(len(scores) + (best is not None), width=4.4, height=4)
     figure.suptitle(title, size=10)
@@ -264,14 +264,11 @@ def differences(
         axes[-1].set(title="best temperature, STS-B dev", ylabel="temperature τ")
         axes[-1].set_ylim(bottom=0)
         axes[-1].legend(fontsize=9)
-    ticks = sorted(table[setting].unique())
     for axis in axes:
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axis.minorticks_off()
+        _log_axis(axis, table[setting])
         axis.set_xlabel(xlabel)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 

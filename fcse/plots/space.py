@@ -136,8 +136,7 @@ def maps(table: pd.DataFrame, groups: Sequence[str]) -> Picture:
             axis.scatter(part["x"], part["y"], s=9, lw=0, **drawn)
         axis.set(title=title, xlabel="UMAP 1", xticks=[], yticks=[])
     axes[0].set_ylabel("UMAP 2")
-    handles, labels = axes[0].get_legend_handles_labels()
-    columns = min(4, len(groups))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, markerscale=2.5)
+    look = {"ncols": min(4, len(groups)), "markerscale": 2.5}
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", **look)
     figure.alt = describe_maps(table, groups)
     return figure

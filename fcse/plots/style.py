@@ -146,10 +146,8 @@ def new_axes(
     columns: int = 1, width: float = 5.0, height: float = 3.6
 ) -> tuple[Picture, list[Axes]]:
     """A picture with plots side by side, each so many inches wide and high."""
-    size = (width * columns, height)
-    figure, axes = plt.subplots(
-        1, columns, figsize=size, layout="constrained", squeeze=False, FigureClass=Picture
-    )
+    how = {"figsize": (width * columns, height), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(1, columns, FigureClass=Picture, **how)
     plt.close(figure)  # shown once, where it is returned, not a second time by the notebook
     return figure, list(axes[0])
 

@@ -140,11 +140,8 @@ def _between(found: pd.DataFrame, row: Mapping[str, Any], setting: str, held: li
 def with_tuned(table: pd.DataFrame, best: pd.DataFrame, by: str) -> pd.DataFrame:
     """Rows of InfoNCE at the paper's temperature and of others, and those of `TUNED`.
 
-    That is InfoNCE at the temperature that was chosen at each value of `by`.
-
-    Args:
-        table: from `read_study`, one corpus.
-        best: columns `by` and "temperature"."""
+    That is InfoNCE at the temperature that was chosen at each value of `by`. table: from
+    `read_study`, one corpus. best: columns `by` and "temperature"."""
     at = table[by].map(best.set_index(by)["temperature"])
     plain = table["contestant"].map(family) == PLAIN
     tuned = table[plain & np.isclose(table["temperature"], at)].assign(contestant=TUNED)
@@ -159,11 +156,9 @@ def contrasts(
 ) -> pd.DataFrame:
     """Losses against each other, paired over seeds, corrected for the number of comparisons.
 
-    Args:
-        table: from `read_study`, one row a loss, value of `by` and seed.
-        scores: columns; the comparisons of one of them at one value of `by` are a family.
-        compared: (baseline, loss) each, by name; else `pairs` of the table's.
-        by: what is held: the corpus, or a setting such as steps.
+    table: from `read_study`, one row a loss, value of `by` and seed. scores: columns; the
+    comparisons of one of them at one value of `by` are a family. compared: (baseline, loss) each,
+    by name; else `pairs` of the table's. by: what is held: the corpus, or a setting such as steps.
 
     Returns: One row a score, value of `by` and pair: "score", `by`, "baseline", "contestant",
     "seeds", "mean" (of the contestant), "difference" (to the baseline, points of 100 x Spearman),
@@ -181,7 +176,8 @@ def contrasts(
             for baseline, loss in compared
             if {baseline, loss} <= set(by_seed)
         ]
-        rows += _corrected(found)
+        adjusted = holm([row["p"] for row in found])
+        rows += [row | {"p_holm": p} for row, p in zip(found, adjusted, strict=True)]
     return pd.DataFrame(rows)
 
 
@@ -205,12 +201,6 @@ def _paired(baseline: pd.Series, other: pd.Series) -> dict[str, float]:
     }
 
 
-def _corrected(family: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """The same rows with Holm's correction for their number."""
-    adjusted = holm([row["p"] for row in family])
-    return [row | {"p_holm": p} for row, p in zip(family, adjusted, strict=True)]
-
-
 def written(table: pd.DataFrame) -> pd.Series:
     """Differences of `contrasts` as text, "+0.68 (+0.54 to +0.81) *": a star for p_holm < 0.05."""
     texts = [
@@ -224,9 +214,7 @@ def shown(gains: pd.DataFrame, baseline: str, loss: str, sign: int = 1) -> pd.Se
     """Whether a loss lies above its baseline (sign -1: below), p < 0.05 after Holm's correction.
 
     gains: `contrasts` of one score. Returns bools, indexed by corpus."""
-    found = gains[(gains["baseline"] == baseline) & (gains["contestant"] == loss)].set_index(
-        "corpus"
-    )
+    found = gains.query("baseline == @baseline and contestant == @loss").set_index("corpus")
     return (sign * found["difference"] > 0) & (found["p_holm"] < 0.05)
 
 

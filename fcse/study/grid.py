@@ -13,7 +13,6 @@ import pandas as pd
 from fcse import methods
 from fcse.config import PARAMETERS, TrainConfig, configured, flattened
 from fcse.data import STS_TASKS, is_file
-from fcse.encoder.precision import resolve_precision
 from fcse.errors import InputError
 from fcse.recipes import recipe
 from fcse.study.tables import current_rows, finished, joined, not_in, results
@@ -77,16 +76,9 @@ def read_grid(path: Path, folder: Path) -> Grid:
         raise InputError(f"study {path} is no valid TOML: {error}") from None
     except InputError as error:
         raise InputError(f"study {path}: {error}") from None
-    runs = dict.fromkeys(replace(run, seed=seed) for seed in seeds for run in settings)
     # What "auto" means here holds for all runs, on whatever machine each of them is made.
-    runs = dict.fromkeys(
-        replace(
-            run,
-            precision=resolve_precision(run.precision),
-            score_precision=resolve_precision(run.score_precision),
-        )
-        for run in runs
-    )
+    settings = [replace(run, **run.precisions) for run in settings]
+    runs = dict.fromkeys(replace(run, seed=seed) for seed in seeds for run in settings)
     named = tuple(replace(run, output=str(folder / "runs" / run.run_name)) for run in runs)
     return Grid(named, tuple(tasks), folder, path.with_suffix(".csv"))
 

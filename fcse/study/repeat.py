@@ -53,10 +53,8 @@ class Repeat:
 def repeat(table: Path, run: str, corpus: Path | None = None) -> Repeat:
     """Train and score a row of a table again, in a folder that is removed.
 
-    Args:
-        table: a CSV of a study.
-        run: the row, by its column "run".
-        corpus: the file, for a row that was trained on one; by default it is looked for here.
+    table: a CSV of a study. run: the row, by its column "run". corpus: the file, for a row that was
+    trained on one; by default it is looked for here.
 
     On a processor torch takes as many threads as then. InputError: no such row, no such corpus or
     another one, or as in `workers.run_one`."""

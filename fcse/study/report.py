@@ -54,12 +54,9 @@ def load_runs(folder: str | Path, recipe: str | None = None) -> pd.DataFrame:
     varying = [name for name in settings if table[name].map(str).nunique() > 1]
     names = _told_apart(list(configs.values()))
     said = [", ".join(f"{name} {row[name]}" for name in varying) for row in rows]
-    runs = pd.DataFrame(
-        {"folder": list(configs), "name": names, **table[["encoder", "seed"]], "settings": said}
-    )
-    order = ["settings", "order", "name", "seed"]
-    runs = runs.assign(order=runs["name"].map(rank)).sort_values(order, ignore_index=True)
-    return runs.drop(columns="order")
+    runs = table.assign(folder=list(configs), name=names, settings=said, order=names.map(rank))
+    runs = runs.sort_values(["settings", "order", "name", "seed"], ignore_index=True)
+    return runs[["folder", "name", "encoder", "seed", "settings"]]
 
 
 def _told_apart(configs: Sequence[TrainConfig]) -> pd.Series:

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ def results(folder: Path) -> pd.DataFrame:
     "device" also says what hardware it is. InputError: a record that cannot be read."""
     rows = []
     for path in sorted(folder.glob("runs/*/run.json")):
-        run = finished(path.parent)
-        if run is not None:
+        if (run := finished(path.parent)) is not None:
             try:
                 rows.append({"run": path.parent.name} | _row(*run))
             except (KeyError, TypeError, AttributeError, ValueError):
@@ -159,16 +159,12 @@ def not_in(
     `data.corpus_reader`."""
     scored = [row for row in rows.to_dict("records") if all(row.get(task) for task in tasks)]
     done = {what_it_is(row) for row in scored}
-    hashes: dict[str, str] = {}
-    ours = versions()["fcse"]
+    hash_of, ours = cache(corpus_sha256), versions()["fcse"]
     missing = []
     for run in runs:
-        corpus = str(run.corpus)
-        if done and corpus not in hashes:
-            hashes[corpus] = corpus_sha256(corpus)
         models = (run.encoder, *(file for method in run.methods for file in method.files()))
-        same = _anywhere(run, hashes.get(corpus, "")), ours
-        if same not in done or any(map(is_folder, models)):
+        known = done and (_anywhere(run, hash_of(str(run.corpus))), ours) in done
+        if not known or any(map(is_folder, models)):
             missing.append(run)
     return missing
 

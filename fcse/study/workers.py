@@ -47,9 +47,8 @@ def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None
     The scores on `tasks`, names from `TASKS`, are kept in the folder's scores.json; the weights are
     removed then, unless `keep_model`. InputError: as in `training.train`, `load_tasks`."""
     pairs = load_tasks(tasks)
-    if "bf16" in (config.precision, config.score_precision) and not bf16_units(
-        processes.world().device
-    ):
+    device = processes.world().device
+    if "bf16" in (config.precision, config.score_precision) and not bf16_units(device):
         raise InputError(
             "this study is planned in bf16, and this machine has no units for it: run it where "
             "there are some, or with precision float32"
@@ -57,7 +56,7 @@ def run_one(config: TrainConfig, tasks: Sequence[str], keep_model: bool) -> None
     folder = run_folder(config)
     if not is_folder(folder.model) and folder.record() is not None:
         folder.start()  # a task more than before, and the weights were removed: train them again
-    encoder = train(config).encoder.to(processes.world().device)
+    encoder = train(config).encoder.to(device)
     judged(encoder, pairs, folder.path / SCORES, config.score_precision)
     if not keep_model:
         folder.drop_models()
@@ -88,10 +87,14 @@ class Local:
             return None
         del self._running[config]
         self._free.append(slot)
-        if process.exitcode == 0:
-            log_of(config).unlink()
+        code, log = process.exitcode, log_of(config)
+        if code == 0:
+            log.unlink()
             return ""
-        return _reason(process.exitcode, log_of(config))
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        said = log.read_text(errors="replace").strip() if log.exists() else ""
+        return (said or f"exit code {code}").splitlines()[-1].strip().removeprefix("fcse: ")
 
     def stop(self) -> None:
         """End all that goes on."""
@@ -179,14 +182,6 @@ def _share(slot: int, workers: int) -> dict[str, str]:
 def log_of(config: TrainConfig) -> Path:
     """Where the output of a run goes, beside its folder."""
     return config.folder.with_name(f"{config.folder.name}.log")
-
-
-def _reason(code: int, log: Path) -> str:
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    said = log.read_text(errors="replace").strip() if log.exists() else ""
-    said = said or f"exit code {code}"
-    return said.splitlines()[-1].strip().removeprefix("fcse: ")
 
 
 def _gpus() -> list[str]:

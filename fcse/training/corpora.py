@@ -60,12 +60,9 @@ class TokenizedCorpus:
         The corpus is read once to hash it, and once more where it is tokenised. The file is named
         by all that decides its content; processes that want it at once wait for the first one.
 
-        Args:
-            name_or_path: a corpus as `data.corpus_reader` takes it.
-            encoder: whose tokenizer is used.
-            max_length: tokens kept of each sentence.
-            cache: folder of the file; `data.cache_folder` by default.
-            least: sentences the corpus must have: one batch.
+        name_or_path: a corpus as `data.corpus_reader` takes it. encoder: whose tokenizer is used.
+        max_length: tokens kept of each sentence. cache: folder of the file; `data.cache_folder` by
+        default. least: sentences the corpus must have: one batch.
 
         InputError: no such corpus, not UTF-8, empty, fewer sentences than `least`, one longer than
         `LONGEST`, or a cache folder that cannot be written or is full."""
@@ -81,15 +78,13 @@ class TokenizedCorpus:
         cache = Path(cache or cache_folder())
         key = _key(sha256, encoder, max_length)
         path = cache / f"tokens-{key}.arrow"
-        dataset = _open(path, rows)
-        if dataset is None:
+        if (dataset := _open(path, rows)) is None:
             with writing(cache, "name another folder with XDG_CACHE_HOME, or make room"):
                 cache.mkdir(parents=True, exist_ok=True)
                 with FileLock(f"{path}.lock"):
-                    dataset = _open(path, rows)  # another process may have been faster
-                    if dataset is None:
+                    if _open(path, rows) is None:  # else another process was faster
                         _build(path, read, sha256, rows, encoder, max_length)
-                        dataset = _open(path, rows)
+            dataset = _open(path, rows)
         if dataset is None:
             raise InputError(f"{path} cannot be read back: name another folder with XDG_CACHE_HOME")
         return cls(dataset, sha256, key)

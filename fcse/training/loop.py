@@ -109,16 +109,13 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
         progress = unpack(state, folder, trained, optimizer, run.acting)
     else:
         _log(folder, first, step=0, **score(run.encoder, judged, config.score_precision))
-    before_s = progress.wall_time_s
+    begun, before_s = progress.step, progress.wall_time_s
     unread: list[_Reading] = []
     trained.train()
-    drawn = row_batches(
-        len(run.corpus), config.batch_size, config.steps, config.seed, progress.step
-    )
-    bar = tqdm(
-        drawn, config.run_name, config.steps, initial=progress.step, unit="step", disable=not first
-    )
-    for step, rows in enumerate(bar, start=progress.step + 1):
+    drawn = row_batches(len(run.corpus), config.batch_size, config.steps, config.seed, begun)
+    shown = {"initial": begun, "unit": "step", "disable": not first}
+    bar = tqdm(drawn, config.run_name, config.steps, **shown)
+    for step, rows in enumerate(bar, start=begun + 1):
         for method in acting:
             method.before_step(step)
         batch = make_batch(config, run.corpus, run.acting, step, rows)
@@ -126,18 +123,16 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.zero_grad()
         micro = config.micro_batch_size or config.batch_size
-        loss = micro_batches.backward(
-            embed, processes.share(items(batch)), micro, partial(whole_loss, batch)
-        )
-        loss = processes.mean(loss)
+        mine, loss_of_batch = processes.share(items(batch)), partial(whole_loss, batch)
+        loss = processes.mean(micro_batches.backward(embed, mine, micro, loss_of_batch))
         processes.average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        counted = {
+        said = {"learning_rate": learning_rate} | {
             f"{key}.{name}": value
             for key, method in run.acting.items()
             for name, value in method.counted(batch).items()
         }
-        unread.append(_Reading(step, learning_rate, batch, loss, norm, counted))
+        unread.append(_Reading(batch, loss, norm, said))
         scored = step % config.eval_steps == 0 or step == config.steps
         # A GPU goes on with this step while the numbers of the one before are read.
         while len(unread) > (world.device.type == "cuda" and not scored):
@@ -166,7 +161,19 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
             callback(step, run.encoder)
     if first:
         remarks = [remark for method in acting if (remark := method.remark())]
-        _finish(folder, run, progress, remarks)
+        folder.finish(
+            device=str(run.encoder.device),
+            hardware=hardware(run.encoder.device),
+            precision=run.precision,
+            processes=progress.processes,
+            wall_time_s=round(progress.wall_time_s, 1),
+            kept_step=progress.kept_step,
+            scores=progress.kept_scores,
+            corpus={"sentences": len(run.corpus), "sha256": run.corpus.sha256},
+            masked_pairs=progress.masked_pairs,
+            remarks=remarks,
+            weights={"first": run.first_weights, "last": weights_hash(run.encoder.backbone)},
+        )
         for remark in remarks:
             tqdm.write(f"{config.run_name}: {remark}", file=sys.stderr)
     world.wait_for_everyone()
@@ -175,17 +182,8 @@ def _train(config: TrainConfig, folder: RunFolder, callback: Callback | None) ->
 class _Reading:
     """A step's loss and gradient norm on their way from the device."""
 
-    def __init__(
-        self,
-        step: int,
-        learning_rate: float,
-        batch: Batch,
-        loss: Tensor,
-        norm: Tensor,
-        counted: dict[str, float],
-    ) -> None:
-        self.step, self.learning_rate, self.batch = step, learning_rate, batch
-        self.counted = counted
+    def __init__(self, batch: Batch, loss: Tensor, norm: Tensor, said: dict[str, float]) -> None:
+        self.batch, self.said = batch, said
         self.values = torch.stack([loss, norm]).to("cpu", non_blocking=True)
         self.arrived = torch.cuda.Event() if loss.is_cuda else None
         if self.arrived is not None:
@@ -195,16 +193,15 @@ class _Reading:
         """What is logged of the step; InputError: its loss or gradient is not finite."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, norm = self.values.tolist()
+        step, (loss, norm) = self.batch.step, self.values.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            path = folder.keep_batch(self.step, self.batch.sentences.texts[: self.batch.size])
+            path = folder.keep_batch(step, self.batch.sentences.texts[: self.batch.size])
             raise InputError(
-                f"at step {self.step} the loss is {loss} and the gradient's norm {norm}: lower the "
+                f"at step {step} the loss is {loss} and the gradient's norm {norm}: lower the "
                 f"learning rate; its sentences are in {path}, the last good state is that of step "
                 f"{next(iter(folder.states()), 0)}"
             )
-        said = {"step": self.step, "loss": loss, "learning_rate": self.learning_rate}
-        return said | self.counted
+        return {"step": step, "loss": loss} | self.said
 
 
 def _prepare(config: TrainConfig) -> _Run:
@@ -215,7 +212,10 @@ def _prepare(config: TrainConfig) -> _Run:
         raise InputError(f"{said} {world.num_processes} processes")
     precision = resolve_precision(config.precision, world.device)
     losses.require_sound(config.objective)
-    _make_deterministic((config.seed + world.process_index) % 2**32, world.device)
+    set_seed((config.seed + world.process_index) % 2**32)
+    if world.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     corpus_reader(config.corpus)  # refuses what is not there before an encoder is fetched
     encoder = SentenceEncoder.from_pretrained(config.encoder, config.pooling, config.seed)
     corpus = TokenizedCorpus.load(
@@ -236,26 +236,3 @@ def _scores(config: TrainConfig, encoder: SentenceEncoder) -> dict[str, float]:
 def _log(folder: RunFolder, first: bool, **numbers: float) -> None:
     if first:
         folder.log(**numbers)
-
-
-def _finish(folder: RunFolder, run: _Run, progress: Progress, remarks: list[str]) -> None:
-    folder.finish(
-        device=str(run.encoder.device),
-        hardware=hardware(run.encoder.device),
-        precision=run.precision,
-        processes=progress.processes,
-        wall_time_s=round(progress.wall_time_s, 1),
-        kept_step=progress.kept_step,
-        scores=progress.kept_scores,
-        corpus={"sentences": len(run.corpus), "sha256": run.corpus.sha256},
-        masked_pairs=progress.masked_pairs,
-        remarks=remarks,
-        weights={"first": run.first_weights, "last": weights_hash(run.encoder.backbone)},
-    )
-
-
-def _make_deterministic(seed: int, device: torch.device) -> None:
-    set_seed(seed)
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)

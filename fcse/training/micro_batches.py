@@ -22,11 +22,9 @@ def backward(
     embedded once more, with the same dropout masks, to pass them on (Gao et al. 2021b, "Scaling
     Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983).
 
-    Args:
-        views: n items -> tensors (n, ...), row i from item i alone.
-        items: N of them, one a sentence.
-        micro_batch_size: items whose graph is held at a time; from N on there is one pass.
-        loss_of: those tensors with N rows each -> loss (); it reads every one of them.
+    views: n items -> tensors (n, ...), row i from item i alone. items: N of them, one a sentence.
+    micro_batch_size: items whose graph is held at a time; from N on there is one pass. loss_of:
+    those tensors with N rows each -> loss (); it reads every one of them.
 
     Returns the loss, () float, detached."""
     if micro_batch_size >= len(items):

@@ -22,9 +22,7 @@ class MapExplorer:
     above the maps, which a keyboard reaches: a group, or a word that the sentence holds. Below the
     maps stands in words what they show.
 
-    Attributes:
-        group, word: the controls.
-        scatters: name of a map -> its `jscatter.Scatter`."""
+    group, word: the controls. scatters: name of a map -> its `jscatter.Scatter`."""
 
     def __init__(
         self,
@@ -51,8 +49,7 @@ class MapExplorer:
             scatter.color(by="group", map=colours, selected="black").order(by=order).axes(False)
             scatter.tooltip(True, histograms=False, size="medium", **hover)
         self._first = next(iter(self.scatters.values())).widget
-        look = labelled("select a group", "9em")
-        self.group = widgets.Dropdown(options=["", *colours], **look)
+        self.group = widgets.Dropdown(options=["", *colours], **labelled("select a group", "9em"))
         look = labelled("select by word", "9em")
         self.word = widgets.Text(placeholder="and press Enter", continuous_update=False, **look)
         self._list = widgets.HTML()

@@ -29,9 +29,8 @@ class NegativeExplorer:
     says how much of the pull on all its negatives that is. Likely false negatives carry a mark,
     and the batch's most likely ones stand in a list of their own.
 
-    Attributes:
-        run, step, anchor: the controls.
-        table, pairs: what is shown, for readers without a running kernel."""
+    run, step, anchor: the controls. table, pairs: what is shown, for readers without a running
+    kernel."""
 
     def __init__(
         self, runs: Mapping[str, TrainResult], sentences: Sequence[str], labels: Sequence[str]
@@ -51,16 +50,16 @@ class NegativeExplorer:
         for control in (self.step, self.anchor):
             control.observe(lambda _: self.redraw(), names="value")
         self.redraw()
-        top = beside(self.run, self.step)
-        self.widget = widgets.VBox([top, self.anchor, self._tables, SliderNames()])
+        shown = [beside(self.run, self.step), self.anchor, self._tables, SliderNames()]
+        self.widget = widgets.VBox(shown)
 
     def similarities(self, run: str, step: int) -> Tensor:
         """The batch's similarity matrix after a step of a run: (N, N) float32, computed once."""
         if (run, step) not in self._sims:
             encoder, config = self._runs[run].encoder_at(step), self._runs[run].config
-            self._sims[run, step] = analysis.batch_similarities(
-                encoder, list(self._batch["sentence"]), config.max_length, config.seed
-            )
+            how = {"max_length": config.max_length, "seed": config.seed}
+            sentences = list(self._batch["sentence"])
+            self._sims[run, step] = analysis.batch_similarities(encoder, sentences, **how)
         return self._sims[run, step]
 
     @property

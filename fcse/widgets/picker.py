@@ -26,9 +26,8 @@ class _Picker:
     Fresh runs are trained once `runs` is read; everything else is loaded when it is picked. What
     cannot be loaded is said in the widget, and what was picked before stays picked.
 
-    Attributes:
-        choice, name: the controls; `name` acts on Enter.
-        source: what is picked; `runs` is what that gives."""
+    choice, name: the controls; `name` acts on Enter. source: what is picked; `runs` is what that
+    gives."""
 
     def __init__(
         self, source: str, options: Mapping[str, str], named: str, field: str, placeholder: str

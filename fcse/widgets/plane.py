@@ -14,9 +14,7 @@ from fcse.widgets.pictures import SliderNames, labelled
 class TrajectoryPlane:
     """Each run's way through training; lines of equal alignment + weight * uniformity behind it.
 
-    Attributes:
-        weight: the control: how much uniformity counts in the sum.
-        scatter: the `jscatter.Scatter`."""
+    weight: the control: how much uniformity counts in the sum. scatter: the `jscatter.Scatter`."""
 
     def __init__(self, path: pd.DataFrame) -> None:
         """Build the plane of the table of `study.embedded.trajectories`."""

@@ -122,7 +122,7 @@ class TrainingPanel:
             config = self.config
             folder = run_folder(config)
             if folder.record() is not None:
-                run = _read(config, folder)
+                run = Progress(config, folder.path, *folder.metrics())
                 if not run.evaluations:
                     raise InputError(f"{folder.path} holds no scores: delete it and train again")
                 self._join(run)
@@ -135,7 +135,7 @@ class TrainingPanel:
             return
         self._stopping.clear()
         self.live = Progress(config, folder.path, [], [])
-        self._mark_running(True)
+        self.train_button.disabled, self.stop_button.disabled = True, False
         self._say("Starting: the encoder and the corpus are loaded.")
         self._thread = threading.Thread(target=self._watch, args=(config, folder), daemon=True)
         self._thread.start()
@@ -178,12 +178,12 @@ class TrainingPanel:
         except (InputError, OSError) as error:
             self._say(f"Training could not be started: {error}", wrong=True)
         finally:
-            self._mark_running(False)
+            self.train_button.disabled, self.stop_button.disabled = False, True
 
     def _look(self, config: TrainConfig, folder: RunFolder) -> None:
         """Show what the run has written since the last look."""
         try:
-            run = _read(config, folder)
+            run = Progress(config, folder.path, *folder.metrics())
         except (FileNotFoundError, ValueError):  # not begun, or in the middle of a line
             return
         if run != self.live:
@@ -205,10 +205,6 @@ class TrainingPanel:
     def _draw(self) -> None:
         self.png, self.alt = draw_curves(self.finished, self.live)
         self._picture.value = plots.image(self.png, self.alt)
-
-    def _mark_running(self, running: bool) -> None:
-        self.train_button.disabled = running
-        self.stop_button.disabled = not running
 
     def _say(self, message: str, wrong: bool = False) -> None:
         self.message = message
@@ -246,11 +242,6 @@ def _end(process: BaseProcess) -> None:
     process.join()
 
 
-def _read(config: TrainConfig, folder: RunFolder) -> Progress:
-    """What a run has written so far."""
-    return Progress(config, folder.path, *folder.metrics())
-
-
 def _complaint(output: bytes, code: int) -> str:
     """What a process that failed says to its user, else how it ended."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
@@ -262,7 +253,7 @@ def _complaint(output: bytes, code: int) -> str:
 
 
 def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
+    return f"{count} step{'s'[: count != 1]}"
 
 
 def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> tuple[bytes, str]:
@@ -294,8 +285,8 @@ def draw_curves(finished: Sequence[Progress], live: Progress | None = None) -> t
         if runs:
             axes.set_xlim(0, 1.02 * max(run.config.steps for _, run, _ in runs))
     if runs:
-        handles, labels = losses.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        handles = losses.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right upper", frameon=False)
     canvas.draw()
     alt = "Loss and Lee score over the steps."
     for label, run, _ in runs:
