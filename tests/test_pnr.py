@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import one_line_refusal, train_until_interrupted
 
+from fcse import processes
 from fcse.config import TrainConfig, configured
 from fcse.encoder import SentenceEncoder
 from fcse.encoder.sentence_encoder import weights_hash
@@ -201,6 +202,17 @@ def test_overlap_is_the_share_of_neighbours_that_stayed():
     assert neighbour_overlap(x, y, k=4) == pytest.approx(expected)
     with one_line_refusal("k must be from 1 to 29"):
         neighbour_overlap(x, y, k=30)
+
+
+def test_several_processes_cannot_share_a_batch_that_is_normalised(config, monkeypatch):
+    class Two:
+        num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+    encoder = SentenceEncoder.from_pretrained(config.encoder)
+    monkeypatch.setattr(processes, "world", Two)
+    with one_line_refusal("pnr.norm batch needs a batch in one process: set pnr.norm to layer"):
+        PNR().begin(Start(config, encoder, None))
+    PNR(norm="layer").begin(Start(config, encoder, None))
 
 
 def test_bad_input_is_one_line(config, tmp_path):
