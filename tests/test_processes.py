@@ -107,7 +107,7 @@ METHODS = {
     "sparse_cse.sparsity": 0.2,
     "iftcl.queue": 1,
     "debcse.k": 4,
-    "debcse.teacher": "tf-idf",
+    "debcse.teacher": "minilm",
 }
 
 
