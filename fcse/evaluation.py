@@ -87,9 +87,12 @@ def judge_tasks(
     for (u, v), pairs in zip(embed_pairs(encoder, tasks, precision), tasks, strict=True):
         positive = pairs.gold > 0.8 * pairs.maximum
         distinct = np.unique([*pairs.left, *pairs.right], return_index=True)[1]
-        found = {"spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold)}
-        found |= {"alignment": alignment(u[positive], v[positive])}
-        results.append(found | {"uniformity": uniformity(np.concatenate([u, v])[distinct])})
+        found = {
+            "spearman": 100 * spearman((u * v).sum(axis=1), pairs.gold),
+            "alignment": alignment(u[positive], v[positive]),
+            "uniformity": uniformity(np.concatenate([u, v])[distinct]),
+        }
+        results.append(found)
     return results
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 # The suite never asks a network: a hub that answers slowly must not decide how a test ends.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # UMAP's compiler gives its own number to torch too, and sums over two threads round differently.
 os.environ["NUMBA_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -26,12 +28,16 @@ from transformers import (
     RobertaConfig,
 )
 
+from fcse import processes
 from fcse.config import TrainConfig
 from fcse.data import load_corpus, load_lee
 from fcse.encoder import SentenceEncoder
 from fcse.errors import InputError
 from fcse.evaluation import judge
+from fcse.methods import Start
 from fcse.training import train
+from fcse.training.batches import make_batch
+from fcse.training.corpora import TokenizedCorpus
 
 # A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -179,6 +185,11 @@ def train_until_interrupted(config, last):
         train(config, stop)
 
 
+def elsewhere(config, tmp_path, name, **changes):
+    """The config with changes, in another folder."""
+    return replace(config, output=str(tmp_path / name), **changes)
+
+
 def lee_score(encoder):
     """100 x Spearman on the packaged judgements."""
     return judge(encoder, load_lee())["spearman"]
@@ -249,6 +260,47 @@ def tiny_config(tiny_model, small_corpus):
         return TrainConfig(**usual | changes, output=str(output))
 
     return make
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path):
+    """Such a config with InfoNCE."""
+    return tiny_config(tmp_path / "run", objective="info_nce")
+
+
+@pytest.fixture
+def made(config):
+    """Methods -> the encoder, its corpus, what acts, and (step, rows) -> batch: the first eight."""
+
+    def make(*on, **changes):
+        changed = replace(config, methods=on, **changes)
+        encoder = SentenceEncoder.from_pretrained(changed.encoder, "cls", 0)
+        corpus = TokenizedCorpus.load(changed.corpus, encoder, changed.max_length)
+        start = Start(changed, encoder, corpus)
+        acting = {method.key: method.begin(start) for method in on}
+
+        def batch(step, rows=range(8)):
+            return make_batch(changed, corpus, acting, step, np.asarray(rows))
+
+        return encoder, corpus, acting, batch
+
+    return make
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """This process as the first of two, as far as it asks."""
+
+    class Two:
+        num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+    monkeypatch.setattr(processes, "world", Two)
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path_factory):
+    """A cache folder that no other test has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_refusal, train_until_interrupted
+from conftest import elsewhere, one_line_refusal, train_until_interrupted
 from test_processes import together
 
 from fcse import losses
 from fcse.config import configured
 from fcse.encoder import SentenceEncoder
-from fcse.methods import Start
 from fcse.methods.debcse import (
     BINS,
     EDITS,
@@ -27,8 +26,9 @@ from fcse.methods.debcse import (
 from fcse.methods.sscl import SSCL
 from fcse.objectives import InfoNCE
 from fcse.training import read_run, train
-from fcse.training.batches import compare, items, loss_of, make_batch
-from fcse.training.corpora import TokenizedCorpus
+from fcse.training.batches import compare, items, loss_of
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 KEY = DebCSE.key
 FIVE = [
@@ -40,16 +40,6 @@ FIVE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def config(tiny_config, tmp_path):
-    return tiny_config(tmp_path / "run", objective="info_nce")
-
-
 @pytest.fixture
 def debcse(tiny_model):
     """Settings -> DebCSE with a teacher that is quick, at thresholds that some candidates pass."""
@@ -57,28 +47,6 @@ def debcse(tiny_model):
     def make(**changes):
         usual = {"k": 8, "teacher": str(tiny_model("roberta")), "negative_to": 0.965}
         return DebCSE(**usual | {"positive_from": 0.976} | changes)
-
-    return make
-
-
-def elsewhere(config, tmp_path, name, **changes):
-    return replace(config, output=str(tmp_path / name), **changes)
-
-
-@pytest.fixture
-def made(config):
-    """A method -> its corpus, what acts, and step -> batch of the first eight."""
-
-    def make(method, **changes):
-        changed = replace(config, methods=(method,), **changes)
-        encoder = SentenceEncoder.from_pretrained(changed.encoder, "cls", 0)
-        corpus = TokenizedCorpus.load(changed.corpus, encoder, changed.max_length)
-        acting = {KEY: method.begin(Start(changed, encoder, corpus))}
-
-        def batch(step):
-            return make_batch(changed, corpus, acting, step, np.arange(8))
-
-        return corpus, acting, batch
 
     return make
 
@@ -204,7 +172,7 @@ def unit(x):
 
 def test_neighbours_and_cosines_are_the_teachers(made, debcse, tiny_model):
     method = debcse()
-    corpus, acting, _ = made(method)
+    _, corpus, acting, _ = made(method)
     texts, _ = corpus.batch(np.arange(len(corpus)))
     x = unit(SentenceEncoder.from_pretrained(method.teacher, "mean").encode(texts))
     cosines = x @ x.T
@@ -214,13 +182,13 @@ def test_neighbours_and_cosines_are_the_teachers(made, debcse, tiny_model):
     )
     np.fill_diagonal(cosines, -2)
     np.testing.assert_allclose(near["cosine"], -np.sort(-cosines)[:, :8], atol=2e-3)
-    again = made(method)[1][KEY].near
+    again = made(method)[2][KEY].near
     np.testing.assert_array_equal(near, again)
 
 
 def test_what_is_drawn_passes_the_teacher_and_is_brought(made, debcse):
     method = debcse()
-    corpus, acting, batch = made(method)
+    _, corpus, acting, batch = made(method)
     teacher = SentenceEncoder.from_pretrained(method.teacher, "mean")
     texts, token_ids = corpus.batch(np.arange(len(corpus)))
     edited = neighbours = 0
@@ -249,12 +217,12 @@ def test_what_is_drawn_passes_the_teacher_and_is_brought(made, debcse):
                 neighbours += 1
             edited += bool(positive[i]) and second not in token_ids
     assert neighbours > 3 and edited > 3
-    assert items(batch(3)) == items(made(method)[2](3)) != items(batch(4))
+    assert items(batch(3)) == items(made(method)[-1](3)) != items(batch(4))
 
 
 def test_drawn_as_often_as_the_probabilities_say(made, debcse):
     """Positives that are neighbours, counted over many steps, against their chances."""
-    corpus, acting, batch = made(debcse(negatives=False))
+    _, corpus, acting, batch = made(debcse(negatives=False))
     method, expected, variance, count = acting[KEY], 0.0, 0.0, 0
     texts, token_ids = corpus.batch(np.arange(len(corpus)))
     teacher = SentenceEncoder.from_pretrained(method.settings.teacher, "mean")
@@ -277,7 +245,7 @@ def test_drawn_as_often_as_the_probabilities_say(made, debcse):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_only_what_was_drawn_joins_and_no_anchors_own(masked, made, debcse):
-    _, acting, batch = made(debcse(negative_to=0.95, positives=False), mask_duplicates=masked)
+    _, _, acting, batch = made(debcse(negative_to=0.95, positives=False), mask_duplicates=masked)
     for step in range(1, 60):
         found, negative = batch(step), acting[KEY].found[1]
         # A step that draws a sentence of the batch for another one, and none for some.
@@ -304,7 +272,7 @@ def test_only_what_was_drawn_joins_and_no_anchors_own(masked, made, debcse):
 
 
 def test_a_gradient_reaches_what_was_drawn_alone(made, debcse):
-    _, acting, batch = made(debcse(negative_to=0.95))
+    _, _, acting, batch = made(debcse(negative_to=0.95))
     u, v, w = (
         x.requires_grad_() for x in torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0))
     )
@@ -328,7 +296,7 @@ def test_where_nothing_passes_it_is_plain_training_and_says_so(
     off = DebCSE(positives=False, negatives=False)
     assert elsewhere(config, tmp_path, "plain", methods=(off,)) == plain.config
     # An edit of words that the vocabulary lacks is that sentence again, and may pass.
-    _, acting, batch = made(debcse(positive_from=1.0, negative_to=0.0))
+    _, _, acting, batch = made(debcse(positive_from=1.0, negative_to=0.0))
     seconds = []
     for step in range(1, 30):
         seconds.append(batch(step).second)
@@ -355,7 +323,7 @@ def test_either_part_alone_and_what_is_logged(part, config, tmp_path, debcse):
 
 
 def test_the_effective_size_is_that_of_the_weights(made, debcse):
-    _, acting, batch = made(debcse(weighting=False, gamma=0.0, negatives=False))
+    _, _, acting, batch = made(debcse(weighting=False, gamma=0.0, negatives=False))
     found = batch(1)
     counted = acting[KEY].counted(found)
     method = acting[KEY]
@@ -374,13 +342,13 @@ def test_the_effective_size_is_that_of_the_weights(made, debcse):
 
 def test_weighting_changes_what_is_drawn(made, debcse):
     weighed, plain = (made(debcse(weighting=on)) for on in (True, False))
-    assert (plain[1][KEY].inverse == 1).all()
-    assert any(items(weighed[2](step)) != items(plain[2](step)) for step in range(1, 9))
+    assert (plain[2][KEY].inverse == 1).all()
+    assert any(items(weighed[-1](step)) != items(plain[-1](step)) for step in range(1, 9))
 
 
 def test_tf_idf_as_a_teacher(made, sentences, config, tmp_path):
     method = DebCSE(k=8, teacher="tf-idf", positive_from=0.9, negative_to=0.6)
-    _, acting, _ = made(method)
+    _, _, acting, _ = made(method)
     near = acting[KEY].near["cosine"]
     assert near.min() >= 0 and near.max() <= 1 and len(np.unique(near)) > 20
     assert method.files() == ()

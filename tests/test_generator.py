@@ -141,14 +141,9 @@ def test_a_killed_run_goes_on_with_its_running_means(config, tmp_path):
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def test_two_processes_cannot_share_a_batch_that_is_normalised(config, monkeypatch):
-    from fcse import processes
-
-    class Two:
-        num_processes, process_index, device = 2, 0, torch.device("cpu")
+def test_two_processes_cannot_share_a_batch_that_is_normalised(config, two_processes):
 
     encoder = SentenceEncoder.from_pretrained(config.encoder)
-    monkeypatch.setattr(processes, "world", Two)
     from fcse.methods import Start
 
     with one_line_refusal("batch_norm needs a batch in one process: set diffcse.batch_norm to"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import (
     CONFIGS,
+    elsewhere,
     make_tokenizer,
     one_line_refusal,
     save_tiny_model,
@@ -18,8 +19,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from fcse import losses, methods, plots
 from fcse.config import TrainConfig, configured, recorded
-from fcse.encoder import SentenceEncoder
-from fcse.methods import Start
 from fcse.methods.adap_acse import AdapACSE, Terms
 from fcse.methods.cards import CARDS, switched
 from fcse.methods.core_tuning import CoreTuning
@@ -35,8 +34,9 @@ from fcse.methods.sscl import SSCL
 from fcse.objectives import FocalInfoNCE, InfoNCE
 from fcse.study.report import load_runs
 from fcse.training import train
-from fcse.training.batches import compare, items, loss_of, make_batch, views
-from fcse.training.corpora import TokenizedCorpus
+from fcse.training.batches import compare, items, loss_of, views
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 AUTHORS = {
     "sscl": SSCL(layers=2),
@@ -71,23 +71,9 @@ TOGETHER = (SSCL(2), CARDS(k=4), IFND(0.8, clusters=5, cluster_steps=2))
 """Methods that change different things, all at once."""
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def config(tiny_config, tmp_path):
-    return tiny_config(tmp_path / "run", objective="info_nce")
-
-
 @pytest.fixture
 def margin(tiny_model):
     return AdapACSE(0.05, teacher=str(tiny_model("bert")))
-
-
-def elsewhere(config, tmp_path, name, **changes):
-    return replace(config, output=str(tmp_path / name), **changes)
 
 
 def test_every_method_of_the_kit_has_its_authors_values():
@@ -179,25 +165,6 @@ def test_micro_batches_give_the_same_losses(config, still_model, tmp_path, margi
     whole = train(still)
     parts = train(elsewhere(still, tmp_path, "parts", micro_batch_size=3))
     assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
-
-
-@pytest.fixture
-def made(config):
-    """Methods -> the encoder, its corpus, what acts, and step -> batch of the first eight."""
-
-    def make(*on, **changes):
-        changed = replace(config, methods=on, **changes)
-        encoder = SentenceEncoder.from_pretrained(changed.encoder, "cls", 0)
-        corpus = TokenizedCorpus.load(changed.corpus, encoder, changed.max_length)
-        start = Start(changed, encoder, corpus)
-        acting = {method.key: method.begin(start) for method in on}
-
-        def batch(step):
-            return make_batch(changed, corpus, acting, step, np.arange(8))
-
-        return encoder, corpus, acting, batch
-
-    return make
 
 
 def test_plain_batches_hold_nothing_more(made):

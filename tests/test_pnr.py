@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import one_line_refusal, train_until_interrupted
 
-from fcse import processes
 from fcse.config import TrainConfig, configured
 from fcse.encoder import SentenceEncoder
 from fcse.encoder.sentence_encoder import weights_hash
@@ -19,6 +18,8 @@ from fcse.training import read_run, train
 from fcse.training.batches import compare, loss_of, make_batch, views
 from fcse.training.corpora import TokenizedCorpus
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 OBJECTIVES = (InfoNCE(0.2), FocalInfoNCE(0.2))
 ARMS = (
     PNR(),
@@ -28,16 +29,6 @@ ARMS = (
     PNR(pseudo_negatives=False),
     PNR(pseudo_negatives=False, own_negatives=False),
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def config(tiny_config, tmp_path):
-    return tiny_config(tmp_path / "run", objective="info_nce")
 
 
 @pytest.fixture
@@ -204,12 +195,8 @@ def test_overlap_is_the_share_of_neighbours_that_stayed():
         neighbour_overlap(x, y, k=30)
 
 
-def test_several_processes_cannot_share_a_batch_that_is_normalised(config, monkeypatch):
-    class Two:
-        num_processes, process_index, device = 2, 0, torch.device("cpu")
-
+def test_several_processes_cannot_share_a_batch_that_is_normalised(config, two_processes):
     encoder = SentenceEncoder.from_pretrained(config.encoder)
-    monkeypatch.setattr(processes, "world", Two)
     with one_line_refusal("pnr.norm batch needs a batch in one process: set pnr.norm to layer"):
         PNR().begin(Start(config, encoder, None))
     PNR(norm="layer").begin(Start(config, encoder, None))

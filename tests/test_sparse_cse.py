@@ -23,12 +23,9 @@ from fcse.methods.sparse_cse import (
 )
 from fcse.training import read_run, train
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 KINDS = [True, False]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
